@@ -1,0 +1,3 @@
+//! (being written)
+/// A CPU model.
+pub struct CpuModel {}

@@ -1,0 +1,3 @@
+//! (being written)
+/// The guest-physical address space.
+pub struct AddressSpace {}

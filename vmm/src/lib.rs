@@ -1,0 +1,1 @@
+//! atoll-vmm
