@@ -1,1 +1,13 @@
-//! atoll-api-types
+//! The types that describe a virtual machine to Atoll from outside: the same for the command line, a file,
+//! the API and a stored row. They hold no logic beyond parsing and printing themselves; whether a machine
+//! described by them can be built is for `vmm/` to say.
+
+#![forbid(unsafe_code)]
+
+mod size;
+mod topology;
+mod vm_spec;
+
+pub use size::{ByteSize, ParseSizeError};
+pub use topology::{CpuTopology, ParseTopologyError};
+pub use vm_spec::{Accelerator, BootSpec, DiskSpec, OnCrash, ParseDiskError, VmSpec};

@@ -1,0 +1,186 @@
+//! A virtual machine as a document.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{ByteSize, CpuTopology};
+
+/// What executes the guest's instructions.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Accelerator {
+    /// KVM where the host has it, the software CPU otherwise.
+    #[default]
+    Auto,
+    /// The host processor's virtualization, or refuse.
+    Kvm,
+    /// Atoll's own software CPU.
+    Software,
+}
+
+/// What a crash of the guest (a pvpanic event or a triple fault) leads to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnCrash {
+    /// The run ends with exit code 3.
+    #[default]
+    Exit,
+    /// The machine is reset and boots again.
+    Reset,
+}
+
+/// A disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskSpec {
+    /// Image file or block device.
+    pub path: PathBuf,
+    /// The guest may not write.
+    #[serde(default)]
+    pub readonly: bool,
+}
+
+/// Text that does not describe a disk.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ParseDiskError {
+    /// No path.
+    #[error("'{0}' names no image; write PATH or PATH,readonly")]
+    NoPath(String),
+    /// An option nobody knows.
+    #[error("unknown disk option '{option}' in '{text}'; the options are: readonly")]
+    UnknownOption {
+        /// The option.
+        option: String,
+        /// The whole text.
+        text: String,
+    },
+}
+
+impl FromStr for DiskSpec {
+    type Err = ParseDiskError;
+
+    /// `PATH[,readonly]`. A comma in a path is written twice.
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let protected = text.replace(",,", "\0");
+        let mut parts = protected.split(',');
+        let path = parts.next().unwrap_or_default().replace('\0', ",");
+        if path.is_empty() {
+            return Err(ParseDiskError::NoPath(text.to_owned()));
+        }
+        let mut disk = Self { path: path.into(), readonly: false };
+        for option in parts {
+            match option {
+                "readonly" => disk.readonly = true,
+                _ => {
+                    let option = option.replace('\0', ",");
+                    return Err(ParseDiskError::UnknownOption { option, text: text.to_owned() });
+                }
+            }
+        }
+        Ok(disk)
+    }
+}
+
+/// What the machine starts.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BootSpec {
+    /// Kernel: bzImage, PVH or plain ELF, Multiboot 1.
+    pub kernel: Option<PathBuf>,
+    /// Initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line.
+    #[serde(default)]
+    pub append: String,
+}
+
+/// A virtual machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmSpec {
+    /// Name: letters, digits, `-`, `_` and `.`, at most 64.
+    pub name: String,
+    /// What executes its instructions.
+    #[serde(default)]
+    pub accel: Accelerator,
+    /// CPU model.
+    #[serde(default = "default_cpu")]
+    pub cpu: String,
+    /// Processors.
+    #[serde(default)]
+    pub cpus: CpuTopology,
+    /// RAM.
+    #[serde(default = "default_memory")]
+    pub memory: ByteSize,
+    /// What it starts.
+    #[serde(default)]
+    pub boot: BootSpec,
+    /// Its disks, the first one first.
+    #[serde(default)]
+    pub disks: Vec<DiskSpec>,
+    /// What a crash leads to.
+    #[serde(default)]
+    pub on_crash: OnCrash,
+    /// A reboot ends the run instead of starting over.
+    #[serde(default)]
+    pub no_reboot: bool,
+    /// The debug-exit port exists.
+    #[serde(default)]
+    pub debug_exit: bool,
+}
+
+/// The CPU model of machines that name none.
+pub const DEFAULT_CPU: &str = "atoll-base";
+/// RAM of machines that name no size.
+pub const DEFAULT_MEMORY: ByteSize = ByteSize(512 << 20);
+
+fn default_cpu() -> String {
+    DEFAULT_CPU.to_owned()
+}
+fn default_memory() -> ByteSize {
+    DEFAULT_MEMORY
+}
+
+impl VmSpec {
+    /// A machine called `name` with every default.
+    pub fn named(name: impl Into<String>) -> Self {
+        Self {
+            name: name.into(),
+            accel: Accelerator::default(),
+            cpu: default_cpu(),
+            cpus: CpuTopology::default(),
+            memory: default_memory(),
+            boot: BootSpec::default(),
+            disks: Vec::new(),
+            on_crash: OnCrash::default(),
+            no_reboot: false,
+            debug_exit: false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn disks_are_read_as_the_command_line_writes_them() {
+        let disk: DiskSpec = "a.img".parse().unwrap();
+        assert_eq!(disk, DiskSpec { path: "a.img".into(), readonly: false });
+        let disk: DiskSpec = "odd,,name.img,readonly".parse().unwrap();
+        assert_eq!(disk, DiskSpec { path: "odd,name.img".into(), readonly: true });
+        assert!(matches!("".parse::<DiskSpec>(), Err(ParseDiskError::NoPath(_))));
+        assert!(matches!("a,fast".parse::<DiskSpec>(), Err(ParseDiskError::UnknownOption { .. })));
+    }
+
+    #[test]
+    fn a_document_with_only_a_name_has_every_default_and_reads_back() {
+        let spec: VmSpec = serde_json::from_str(r#"{"name": "a"}"#).unwrap();
+        assert_eq!(spec, VmSpec::named("a"));
+        let text = serde_json::to_string(&spec).unwrap();
+        assert_eq!(serde_json::from_str::<VmSpec>(&text).unwrap(), spec);
+        assert!(serde_json::from_str::<VmSpec>(r#"{"name": "a", "memroy": "1G"}"#).is_err());
+    }
+}
