@@ -226,10 +226,7 @@ impl Timers {
                 heap.entries.pop().and_then(|Reverse(e)| e.timer.upgrade().map(|t| (e.at, t)))
             };
             if let Some((at, timer)) = timer
-                && timer
-                    .deadline
-                    .compare_exchange(at, u64::MAX, Ordering::SeqCst, Ordering::SeqCst)
-                    .is_ok()
+                && timer.deadline.compare_exchange(at, u64::MAX, Ordering::SeqCst, Ordering::SeqCst).is_ok()
             {
                 (timer.callback)(at);
             }
