@@ -1,0 +1,46 @@
+//! The lowest layer: what the host offers, wrapped so that the layers above need no `unsafe`.
+//!
+//! Nothing here knows what a virtual machine is. The modules fall in four groups:
+//!
+//! * **waiting**: [`event_loop`] (epoll on one thread, callbacks, posted closures), [`eventfd`], [`timerfd`],
+//!   [`signals`] (signals as a readable descriptor);
+//! * **memory and files**: [`memfd`], [`mapping`], [`file_lock`], [`volatile_io`] (positional vectored file
+//!   transfers from and to memory that other threads may be changing at the same time);
+//! * **the process and its surroundings**: [`terminal`], [`threads`], [`host`];
+//! * **logging**: [`ratelimit`] and the macro [`log_limited!`].
+//!
+//! # Lock order
+//!
+//! Two modules hold locks. `event_loop`: the source table, then one source's callback; neither is held while
+//! the queue of posted closures is locked, and no lock but a source's own callback is held while a callback
+//! runs. `terminal`: one lock serialising entry and exit of raw mode; nothing else is taken under it.
+//!
+//! # Unsafe code
+//!
+//! Denied except in the modules that call the kernel without a safe wrapper: `mapping`, `terminal`, `signals`,
+//! `file_lock` and `volatile_io`. Each says why at its top.
+
+pub mod event_loop;
+pub mod eventfd;
+pub mod file_lock;
+pub mod host;
+pub mod mapping;
+pub mod memfd;
+pub mod ratelimit;
+pub mod signals;
+pub mod terminal;
+pub mod threads;
+pub mod timerfd;
+pub mod volatile_io;
+
+pub use event_loop::{EventLoop, EventLoopHandle, Interest, Readiness, SourceToken};
+pub use eventfd::EventFd;
+pub use mapping::Mapping;
+pub use memfd::Memfd;
+pub use timerfd::TimerFd;
+
+/// Re-exports for the expansion of [`log_limited!`]; not an interface.
+#[doc(hidden)]
+pub mod private {
+    pub use tracing;
+}
