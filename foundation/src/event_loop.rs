@@ -205,6 +205,7 @@ impl EventLoop {
             let stopping = self.shared.stop.load(Ordering::Acquire);
             self.run_once(if stopping { Some(Duration::ZERO) } else { None })?;
             if self.shared.stop.swap(false, Ordering::AcqRel) {
+                let _runner = Runner::enter(&self.shared);
                 self.run_posted();
                 return Ok(());
             }
