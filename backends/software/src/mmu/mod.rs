@@ -1,2 +1,3 @@
 //! (being written)
+#[derive(Default)]
 pub struct Mmu {}
