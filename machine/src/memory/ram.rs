@@ -260,6 +260,8 @@ impl RamBlock {
     fn mark_dirty(&self, page: u64, flag: &AtomicU8) {
         flag.fetch_and(!PAGE_DIRTY_WANTED, Ordering::SeqCst);
         fence(Ordering::SeqCst);
+        #[cfg(test)]
+        tests::stumble();
         for reader in self.readers.load().iter() {
             reader.set(page);
         }
