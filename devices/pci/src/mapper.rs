@@ -1,0 +1,80 @@
+//! BARs in the machine's own address spaces.
+
+use std::sync::{Arc, Weak};
+
+use atoll_machine::bus::PortBus;
+use atoll_machine::memory::{AddressSpace, RegionId};
+
+use crate::bar::{BarMapper, BarMapping, BarTarget};
+
+/// Priority of memory BARs: below RAM and the chipset's fixed ranges, so that a guest that programs a BAR over
+/// them loses the BAR and not the machine.
+pub(crate) const BAR_PRIORITY: i32 = -1;
+
+/// Maps BARs into an [`AddressSpace`] and a [`PortBus`].
+pub struct PciBarMapper {
+    /// Where memory BARs go.
+    pub memory: Arc<AddressSpace>,
+    /// Where I/O BARs go.
+    pub ports: Arc<PortBus>,
+}
+
+struct Memory(Weak<AddressSpace>, RegionId);
+impl Drop for Memory {
+    fn drop(&mut self) {
+        if let Some(space) = self.0.upgrade() {
+            space.unmap(self.1);
+        }
+    }
+}
+
+struct Ports(Weak<PortBus>, u16);
+impl Drop for Ports {
+    fn drop(&mut self) {
+        if let Some(bus) = self.0.upgrade() {
+            bus.unregister(self.1);
+        }
+    }
+}
+
+impl BarMapper for PciBarMapper {
+    fn map(&self, address: u64, size: u64, target: &BarTarget) -> Option<BarMapping> {
+        match target {
+            BarTarget::Mmio(device) => {
+                let id = self.memory.map_mmio(address, size, device.clone(), BAR_PRIORITY).ok()?;
+                Some(Box::new(Memory(Arc::downgrade(&self.memory), id)))
+            }
+            BarTarget::Ports(device) => {
+                let first = u16::try_from(address).ok()?;
+                self.ports.register(first, u16::try_from(size).ok()?, device.clone()).ok()?;
+                Some(Box::new(Ports(Arc::downgrade(&self.ports), first)))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Nothing;
+
+    #[test]
+    fn mappings_answer_until_dropped() {
+        let mapper = PciBarMapper { memory: AddressSpace::new(), ports: Arc::new(PortBus::new()) };
+        let mut b = [1; 4];
+        let memory = mapper.map(0xc000_0000, 0x1000, &BarTarget::Mmio(Arc::new(Nothing)));
+        mapper.memory.mmio_read(0xc000_0010, &mut b);
+        assert_eq!(b, [0; 4]);
+        drop(memory);
+        mapper.memory.mmio_read(0xc000_0010, &mut b);
+        assert_eq!(b, [0xff; 4]);
+
+        let ports = mapper.map(0xc000, 0x40, &BarTarget::Ports(Arc::new(Nothing)));
+        mapper.ports.read(0xc03c, &mut b);
+        assert_eq!(b, [0; 4]);
+        assert!(mapper.map(0xc020, 0x40, &BarTarget::Ports(Arc::new(Nothing))).is_none(), "ports in use");
+        drop(ports);
+        mapper.ports.read(0xc03c, &mut b);
+        assert_eq!(b, [0xff; 4]);
+    }
+}
