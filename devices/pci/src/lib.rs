@@ -55,13 +55,18 @@ pub const INTX_GSI_BASE: u32 = 16;
 /// Number of GSIs that INTx wires of the root bus are spread over.
 pub const INTX_GSI_COUNT: u32 = 8;
 
-/// The GSI of INTx pin `pin` (0 = INTA .. 3 = INTD, as in ACPI `_PRT`) of device `device` on the root bus:
-/// `16 + (device + pin) % 8`.
+/// The GSI of INTx pin `pin` (0 = INTA .. 3 = INTD, as in ACPI `_PRT`) of device `device` on the root bus.
 ///
-/// This is the single definition; the `_PRT` of the ACPI tables says the same, and a test where both meet
+/// As on Q35: devices 0-24 rotate through GSIs 20-23 (PIRQE-PIRQH), 30 uses them in pin order, 25-29 and 31 use
+/// 16-19 (PIRQA-PIRQD) in pin order. The `_PRT` of the ACPI tables says the same, and a test where both meet
 /// compares them. Behind a bridge apply [`swizzle`] once per bridge first.
 pub const fn intx_gsi(device: u8, pin: u8) -> u32 {
-    INTX_GSI_BASE + (device as u32 + pin as u32) % INTX_GSI_COUNT
+    let pin = (pin & 3) as u32;
+    match device {
+        0..=24 => 20 + (device as u32 + pin) % 4,
+        30 => 20 + pin,
+        _ => 16 + pin,
+    }
 }
 
 /// The pin at a bridge's primary side for pin `pin` (0 = INTA) of device `device` on its secondary bus
@@ -155,8 +160,10 @@ mod tests {
 
     #[test]
     fn intx_wires_spread_over_the_upper_eight_pins_of_the_ioapic() {
-        assert_eq!(intx_gsi(0, 0), 16);
-        assert_eq!(intx_gsi(31, 3), 18);
+        assert_eq!(intx_gsi(0, 0), 20);
+        assert_eq!(intx_gsi(3, 2), 21);
+        assert_eq!(intx_gsi(31, 3), 19);
+        assert_eq!(intx_gsi(30, 1), 21);
         for device in 0..32 {
             for pin in 0..4 {
                 assert!((16..24).contains(&intx_gsi(device, pin)));
