@@ -11,6 +11,7 @@ const MAX_PROGRAM_HEADERS: u64 = 64;
 /// Most notes that are read in one note segment. Kernels have under fifty.
 const MAX_NOTES: usize = 256;
 const PT_LOAD: u32 = 1;
+const PT_INTERP: u32 = 3;
 const PT_NOTE: u32 = 4;
 const MACHINE_386: u16 = 3;
 const MACHINE_X86_64: u16 = 62;
@@ -81,6 +82,11 @@ impl<'a> Elf<'a> {
         };
         let headers = table.chunks_exact(entry_size.max(1) as usize).filter_map(|h| program_header(h, is_64));
         Ok(Some(Elf { data, is_64, entry, headers: headers.collect() }))
+    }
+
+    /// Whether this is a program that asks an operating system for a dynamic linker, not a kernel.
+    pub(crate) fn is_program(&self) -> bool {
+        self.headers.iter().any(|header| header.kind == PT_INTERP)
     }
 
     /// The physical entry address that a PVH note gives (Xen "PVH direct boot ABI"), if there is one.

@@ -55,6 +55,10 @@ pub(crate) fn load_plain<'a>(
     elf: &Elf<'a>,
     request: &Request<'a, '_>,
 ) -> Result<LoadedKernel<'a>, LoadError> {
+    if elf.is_program() {
+        let hint = " (this is a program for an operating system)";
+        return Err(LoadError::NotAKernel { hint });
+    }
     let mut placement = Placement::new(request.params);
     placement.keep_boot_area()?;
     elf.place(&mut placement)?;

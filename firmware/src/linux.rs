@@ -15,6 +15,8 @@ use std::borrow::Cow;
 
 /// Offset of the setup header in the file and in `boot_params`.
 const HEADER_START: usize = 0x1F1;
+/// Protocol 2.06 ends here: `cmdline_size` is its last field.
+const HEADER_END_MIN: u64 = 0x23C;
 /// The header may not reach beyond this offset of `boot_params`.
 const HEADER_END_MAX: u64 = 0x290;
 /// Size in bytes of `boot_params`.
@@ -72,7 +74,7 @@ impl SetupHeader {
             needed: end,
             present: kernel.len() as u64,
         };
-        if end < 0x23C || end > HEADER_END_MAX {
+        if !(HEADER_END_MIN..=HEADER_END_MAX).contains(&end) {
             return Err(LoadError::Invalid { what: "the length of the Linux setup header" });
         }
         if (kernel.len() as u64) < end {

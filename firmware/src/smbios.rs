@@ -12,8 +12,6 @@ use std::borrow::Cow;
 const MODULE_MAX: u64 = 16 * layout::GIB;
 /// Size in bytes that each entry point's place has.
 const ENTRY_POINT_SIZE: u64 = 0x20;
-/// Longest text in a structure, in bytes; the rest is cut off.
-const TEXT_MAX: usize = 64;
 
 /// What the structures say.
 #[derive(Debug, Clone)]
@@ -68,7 +66,7 @@ impl Structures {
         self.bytes.extend_from_slice(body);
         for text in strings {
             // An empty string would end the list: callers give those the number 0 instead.
-            let text = text.bytes().filter(|byte| (0x20..0x7F).contains(byte)).take(TEXT_MAX);
+            let text = text.bytes().filter(|byte| (0x20..0x7F).contains(byte));
             let before = self.bytes.len();
             self.bytes.extend(text);
             if self.bytes.len() == before {
@@ -272,4 +270,88 @@ fn mapped_memory(all: &mut Structures, handle: u16, range: Range, modules: u8) {
     put(&mut body, 8, &HANDLE_MEMORY.to_le_bytes());
     body[10] = modules;
     all.add(19, handle, &body, &[]);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bytes::{u16_at, u32_at, u64_at};
+
+    const UUID: [u8; 16] =
+        [0, 0x11, 0x22, 0x33, 0x44, 0x55, 0x66, 0x77, 0x88, 0x99, 0xAA, 0xBB, 0xCC, 0xDD, 0xEE, 0xFF];
+
+    fn config<'a>(map: &'a AddressMap, oem_strings: &'a [&'a str]) -> SmbiosConfig<'a> {
+        SmbiosConfig {
+            map,
+            uuid: UUID,
+            serial: "",
+            version: "0.1",
+            sockets: 2,
+            cores_per_socket: 3,
+            threads_per_core: 2,
+            oem_strings,
+        }
+    }
+
+    /// Walks structures: type, formatted part, strings.
+    fn walk(mut bytes: &[u8]) -> Vec<(u8, Vec<u8>, Vec<String>)> {
+        let mut found = Vec::new();
+        while !bytes.is_empty() {
+            let (formatted, rest) = bytes.split_at(usize::from(bytes[1]));
+            let end = rest.windows(2).position(|pair| pair == [0, 0]).expect("strings end") + 2;
+            let text = String::from_utf8(rest[..end - 2].to_vec()).unwrap();
+            let strings = text.split('\0').filter(|s| !s.is_empty()).map(str::to_owned).collect();
+            found.push((formatted[0], formatted.to_vec(), strings));
+            bytes = &rest[end..];
+        }
+        found
+    }
+
+    #[test]
+    fn both_entry_points_lead_to_structures_that_end_with_the_end_marker() {
+        let map = AddressMap::new(40 * layout::GIB, 40 * layout::GIB).unwrap();
+        let segments = build(&config(&map, &["io.example.key=value"])).unwrap();
+        let [modern, legacy, table] = &segments[..] else { panic!("{}", segments.len()) };
+        assert_eq!((&modern.data[..5], checksum(&modern.data)), (&b"_SM3_"[..], 0));
+        assert_eq!(u64_at(&modern.data, 16), Some(table.address));
+        assert_eq!(u32_at(&modern.data, 12), Some(table.data.len() as u32));
+        assert_eq!((&legacy.data[..4], checksum(&legacy.data)), (&b"_SM_"[..], 0));
+        assert_eq!(checksum(&legacy.data[16..]), 0);
+        assert_eq!(u32_at(&legacy.data, 24), Some(table.address as u32));
+        for segment in &segments {
+            assert!(layout::SMBIOS_AREA.contains(&segment.range()) && segment.address % 16 == 0);
+        }
+        let structures = walk(&table.data);
+        let kinds: Vec<u8> = structures.iter().map(|(kind, ..)| *kind).collect();
+        assert_eq!(kinds, [0, 1, 3, 4, 4, 11, 16, 17, 17, 17, 19, 19, 32, 127]);
+        assert_eq!(u16_at(&legacy.data, 28), Some(14));
+        let (_, _, strings) = structures.iter().find(|(kind, ..)| *kind == 11).unwrap();
+        assert_eq!(strings, &["io.example.key=value"]);
+    }
+
+    #[test]
+    fn the_system_structure_has_the_name_and_the_uuid() {
+        let map = AddressMap::new(layout::GIB, layout::GIB).unwrap();
+        let segments = build(&config(&map, &[])).unwrap();
+        let structures = walk(&segments[2].data);
+        let (_, formatted, strings) = &structures[1];
+        assert_eq!(strings, &["Atoll", "atoll-1", "0.1"]);
+        assert_eq!(formatted[8..16], [0x33, 0x22, 0x11, 0, 0x55, 0x44, 0x77, 0x66]);
+        assert_eq!(formatted[16..24], UUID[8..]);
+        let (_, module, _) = structures.iter().find(|(kind, ..)| *kind == 17).unwrap();
+        assert_eq!(u16_at(module, 12), Some(1024));
+    }
+
+    #[test]
+    fn texts_fill_the_area_and_no_more() {
+        let map = AddressMap::new(layout::GIB, layout::GIB).unwrap();
+        let mut large = config(&map, &[]);
+        large.sockets = 256;
+        assert!(build(&large).is_ok());
+        let long = "x".repeat(200);
+        assert!(build(&config(&map, &vec![long.as_str(); 255])).is_ok());
+        let too_long = "x".repeat(300);
+        let error = build(&config(&map, &vec![too_long.as_str(); 255])).unwrap_err();
+        assert!(matches!(error, SmbiosError::TooBig { size, available } if size > available), "{error}");
+    }
 }
