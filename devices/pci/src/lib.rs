@@ -50,20 +50,16 @@ pub use msi::MsiSpec;
 pub use msix::Msix;
 pub use saved_state::RestoreError;
 
-/// First GSI that INTx wires of the root bus use.
-pub const INTX_GSI_BASE: u32 = 16;
-/// Number of GSIs that INTx wires of the root bus are spread over.
-pub const INTX_GSI_COUNT: u32 = 8;
-
 /// The GSI of INTx pin `pin` (0 = INTA .. 3 = INTD, as in ACPI `_PRT`) of device `device` on the root bus.
 ///
-/// As on Q35: devices 0-24 rotate through GSIs 20-23 (PIRQE-PIRQH), 30 uses them in pin order, 25-29 and 31 use
-/// 16-19 (PIRQA-PIRQD) in pin order. The `_PRT` of the ACPI tables says the same, and a test where both meet
-/// compares them. Behind a bridge apply [`swizzle`] once per bridge first.
+/// As Q35 wires it: devices 0-24 rotate over PIRQE-PIRQH (GSI 20-23), device 30 uses them in pin order, and
+/// the chipset's own devices 25-29 and 31 use PIRQA-PIRQD (GSI 16-19) in pin order. The `_PRT` of the ACPI tables
+/// says the same, and a test where both meet compares them. Behind a bridge apply [`swizzle`] once per bridge
+/// first.
 pub const fn intx_gsi(device: u8, pin: u8) -> u32 {
-    let pin = (pin & 3) as u32;
+    let (device, pin) = (device as u32, pin as u32 & 3);
     match device {
-        0..=24 => 20 + (device as u32 + pin) % 4,
+        0..=24 => 20 + (device + pin) % 4,
         30 => 20 + pin,
         _ => 16 + pin,
     }
@@ -159,16 +155,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn intx_wires_spread_over_the_upper_eight_pins_of_the_ioapic() {
-        assert_eq!(intx_gsi(0, 0), 20);
-        assert_eq!(intx_gsi(3, 2), 21);
-        assert_eq!(intx_gsi(31, 3), 19);
-        assert_eq!(intx_gsi(30, 1), 21);
-        for device in 0..32 {
-            for pin in 0..4 {
-                assert!((16..24).contains(&intx_gsi(device, pin)));
-            }
-        }
+    fn intx_wires_follow_q35() {
+        assert_eq!([0, 1, 2, 3].map(|pin| intx_gsi(3, pin)), [23, 20, 21, 22]);
+        assert_eq!([0, 1, 2, 3].map(|pin| intx_gsi(30, pin)), [20, 21, 22, 23]);
+        assert_eq!([0, 1, 2, 3].map(|pin| intx_gsi(31, pin)), [16, 17, 18, 19]);
         assert_eq!(swizzle(3, 2), 1);
     }
 

@@ -7,9 +7,9 @@ use atoll_machine::memory::{AddressSpace, RegionId};
 
 use crate::bar::{BarMapper, BarMapping, BarTarget};
 
-/// Priority of memory BARs: below RAM and the chipset's fixed ranges, so that a guest that programs a BAR over
-/// them loses the BAR and not the machine.
-pub(crate) const BAR_PRIORITY: i32 = -1;
+/// Priority of memory BARs: below RAM (0) and the chipset's own ranges (-1), so that a guest that programs a BAR
+/// over them loses the BAR and not the machine.
+pub(crate) const BAR_PRIORITY: i32 = -2;
 
 /// Maps BARs into an [`AddressSpace`] and a [`PortBus`].
 pub struct PciBarMapper {
