@@ -1,0 +1,161 @@
+//! The trait that every disk is, and the rules of order and durability behind it.
+//!
+//! # What a caller may assume
+//!
+//! * Methods take `&self` and may be called from several threads at once. Operations that overlap in time and
+//!   range have no order among each other.
+//! * After a write has returned, every read sees it. That does not make it durable.
+//! * **Flush means flush**: everything whose write, discard or zeroing returned before [`Disk::flush`] was
+//!   called survives a power cut once that flush has returned success. Nothing else is promised to survive, and
+//!   of a write not yet flushed any sectors may.
+//! * After a flush has failed, earlier writes may be lost although reads still see them. The disk then fails
+//!   every later flush, because success would be a lie.
+//! * After a failed write or zeroing, its range holds old or new bytes, sector by sector.
+//! * A range outside the disk is refused as a whole and nothing is changed.
+//!
+//! # What a caller must know about buffers
+//!
+//! They are volatile slices, so the kernel may copy straight from and to memory that other threads change. They
+//! carry no dirty bitmap; [`read_tracked`] and [`write_tracked`] take slices that do and mark what was read.
+//!
+//! # Asynchronous operation
+//!
+//! Calls block. An engine that submits and completes (io_uring) will be a second trait beside this one, with
+//! the same requests and the same rules; a `Disk` driven by worker threads satisfies it too. Nothing here
+//! depends on which thread calls.
+
+use atoll_foundation::volatile_io;
+use vm_memory::VolatileSlice;
+use vm_memory::bitmap::BitmapSlice;
+
+use crate::error::{DiskError, DiskErrorKind, Operation};
+use crate::metrics::DiskMetrics;
+
+/// The smallest unit of every disk: capacities and logical block sizes are multiples of it. Bytes.
+pub const SECTOR_SIZE: u64 = 512;
+
+/// How [`Disk::discard`] can be used. All in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DiscardLimits {
+    /// Smaller pieces than this, or not aligned to it, may release nothing.
+    pub granularity: u32,
+    /// The most for one call.
+    pub max_bytes: u64,
+}
+
+/// How [`Disk::write_zeroes`] can be used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WriteZeroesLimits {
+    /// The most for one call, in bytes.
+    pub max_bytes: u64,
+    /// Whether `unmap` can release host space.
+    pub unmap: bool,
+}
+
+/// What a disk can do; constant while it is open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Capabilities {
+    /// Writes, discards and zeroing are refused.
+    pub read_only: bool,
+    /// `None`: discard is refused as unsupported.
+    pub discard: Option<DiscardLimits>,
+    /// `None`: zeroing is refused as unsupported.
+    pub write_zeroes: Option<WriteZeroesLimits>,
+}
+
+/// A disk of fixed capacity. The module's documentation has the rules.
+pub trait Disk: Send + Sync {
+    /// Size in bytes, a multiple of [`Disk::logical_block_size`].
+    fn capacity_bytes(&self) -> u64;
+
+    /// The unit in which a device should address this disk, in bytes: a power of two, at least 512. Transfers
+    /// in other units work, slower.
+    fn logical_block_size(&self) -> u32;
+
+    /// What it can do.
+    fn capabilities(&self) -> Capabilities;
+
+    /// Fills all buffers, in order, with the bytes from byte `offset`.
+    fn read_at(&self, offset: u64, buffers: &[VolatileSlice<'_>]) -> Result<(), DiskError>;
+
+    /// Writes all buffers, in order, from byte `offset`.
+    fn write_at(&self, offset: u64, buffers: &[VolatileSlice<'_>]) -> Result<(), DiskError>;
+
+    /// Makes everything written so far durable.
+    fn flush(&self) -> Result<(), DiskError>;
+
+    /// Declares `len` bytes from byte `offset` unused. What they read as afterwards is up to the format.
+    fn discard(&self, offset: u64, len: u64) -> Result<(), DiskError>;
+
+    /// Makes `len` bytes from byte `offset` read as zero. `unmap` permits releasing their space on the host;
+    /// without it they stay allocated as far as the host can do that.
+    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<(), DiskError>;
+
+    /// Counters since it was opened.
+    fn metrics(&self) -> &DiskMetrics;
+}
+
+/// The number of bytes in a list of buffers.
+pub fn total_len<B: BitmapSlice>(buffers: &[VolatileSlice<'_, B>]) -> u64 {
+    buffers.iter().fold(0u64, |sum, buffer| sum.saturating_add(buffer.len() as u64))
+}
+
+/// Refuses a range that is not within a disk of `capacity` bytes. Never overflows.
+pub fn check_range(capacity: u64, operation: Operation, offset: u64, len: u64) -> Result<(), DiskError> {
+    match offset.checked_add(len) {
+        Some(end) if end <= capacity => Ok(()),
+        _ => Err(DiskError::new(DiskErrorKind::OutOfRange, operation, offset, len)),
+    }
+}
+
+/// [`Disk::read_at`] into memory with a dirty bitmap. All buffers are marked dirty, also after an error, when
+/// any part of them may have changed.
+pub fn read_tracked<B: BitmapSlice>(
+    disk: &(impl Disk + ?Sized),
+    offset: u64,
+    buffers: &[VolatileSlice<'_, B>],
+) -> Result<(), DiskError> {
+    // The list is as long as one the caller already has, so no guest sizes this allocation.
+    let plain: Vec<_> = buffers.iter().map(volatile_io::without_bitmap).collect();
+    let result = disk.read_at(offset, &plain);
+    for buffer in buffers {
+        buffer.bitmap().mark_dirty(0, buffer.len());
+    }
+    result
+}
+
+/// [`Disk::write_at`] from memory with a dirty bitmap, which is not touched.
+pub fn write_tracked<B: BitmapSlice>(
+    disk: &(impl Disk + ?Sized),
+    offset: u64,
+    buffers: &[VolatileSlice<'_, B>],
+) -> Result<(), DiskError> {
+    let plain: Vec<_> = buffers.iter().map(volatile_io::without_bitmap).collect();
+    disk.write_at(offset, &plain)
+}
+
+/// [`Disk::read_at`] into ordinary memory.
+pub fn read_bytes(disk: &(impl Disk + ?Sized), offset: u64, bytes: &mut [u8]) -> Result<(), DiskError> {
+    disk.read_at(offset, &[VolatileSlice::from(bytes)])
+}
+
+/// [`Disk::write_at`] from ordinary memory, which is copied once: for small things and tests.
+pub fn write_bytes(disk: &(impl Disk + ?Sized), offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
+    let mut copy = bytes.to_vec();
+    disk.write_at(offset, &[VolatileSlice::from(&mut copy[..])])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_are_checked_without_overflow() {
+        assert!(check_range(1024, Operation::Read, 512, 512).is_ok());
+        assert!(check_range(1024, Operation::Read, 1024, 0).is_ok());
+        for (offset, len) in [(512, 513), (1025, 0), (u64::MAX, 1), (1, u64::MAX), (u64::MAX, u64::MAX)] {
+            let error = check_range(1024, Operation::Read, offset, len).unwrap_err();
+            assert_eq!(error.kind(), DiskErrorKind::OutOfRange);
+        }
+    }
+}

@@ -1,0 +1,266 @@
+//! The raw format: byte N of the disk is byte N of the image.
+//!
+//! Sizes: an image whose size is not a multiple of 512 bytes is **rounded up**. The missing tail of the last
+//! sector reads as zero; writing it makes the file longer, up to the rounded size. No byte of the image is out
+//! of reach that way. An empty image is refused when opening. A block device's size is always whole blocks.
+//!
+//! Space: discard punches a hole, which reads as zero afterwards. Zeroing punches a hole if unmapping is
+//! allowed, else zeroes the range in place, else (file systems that can do neither) writes zeros. What the file
+//! system turned out not to support is not tried again. Discard is advice, so where it is not supported after
+//! all it succeeds and changes nothing.
+//!
+//! Durability: a flush is one `fdatasync`. If one fails the host may have dropped the pages it could not write
+//! and would report success the next time, so every later flush of the same opening fails as well.
+//!
+//! An image that somebody truncates while it is open gives read errors for what is gone, never zeros.
+
+mod open;
+
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use vm_memory::VolatileSlice;
+
+use crate::disk::{
+    Capabilities, DiscardLimits, Disk, SECTOR_SIZE, WriteZeroesLimits, check_range, total_len,
+};
+use crate::error::{DiskError, DiskErrorKind, Operation};
+use crate::file::{HostFile, ImageFile};
+use crate::metrics::DiskMetrics;
+
+pub use open::OpenOptions;
+
+/// The most one discard releases: it is quick on any file system, but should not take for ever.
+const MAX_DISCARD_BYTES: u64 = 1 << 30;
+
+/// The most one zeroing covers: the host may have to write all of it.
+const MAX_ZEROES_BYTES: u64 = 32 << 20;
+
+/// Size of the block of zeros that the fallback writes again and again.
+const ZERO_BLOCK: usize = 64 << 10;
+
+/// Zero blocks in one write of the fallback.
+const ZERO_BLOCKS_PER_WRITE: usize = 16;
+
+/// What is known about the file behind a raw disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RawGeometry {
+    /// Bytes in the file now; the disk's capacity is this rounded up to whole logical blocks.
+    pub file_size: u64,
+    /// Unit of addressing in bytes: 512 for files, the device's own for block devices.
+    pub logical_block_size: u32,
+    /// Unit in which the host can release space, in bytes; `None` when it cannot.
+    pub discard_granularity: Option<u32>,
+    /// Refuse to change anything.
+    pub read_only: bool,
+}
+
+/// A raw image. [`RawDisk::open`] opens one of the host's.
+#[derive(Debug)]
+pub struct RawDisk<F = HostFile> {
+    file: F,
+    geometry: RawGeometry,
+    capacity: u64,
+    metrics: DiskMetrics,
+    /// A flush has failed; see the module's documentation.
+    flush_failed: AtomicBool,
+    /// The file system refused to punch holes or to zero ranges.
+    no_punch_hole: AtomicBool,
+    no_zero_range: AtomicBool,
+}
+
+impl<F: ImageFile> RawDisk<F> {
+    /// A raw disk over a file that is open and locked as it should be. A size that leaves no capacity is the
+    /// caller's to refuse.
+    pub fn over(file: F, geometry: RawGeometry) -> Self {
+        let block = u64::from(geometry.logical_block_size).max(SECTOR_SIZE);
+        Self {
+            file,
+            geometry,
+            capacity: geometry
+                .file_size
+                .checked_next_multiple_of(block)
+                .unwrap_or(u64::MAX - u64::MAX % block),
+            metrics: DiskMetrics::default(),
+            flush_failed: AtomicBool::new(false),
+            no_punch_hole: AtomicBool::new(false),
+            no_zero_range: AtomicBool::new(false),
+        }
+    }
+
+    fn read(&self, offset: u64, len: u64, buffers: &[VolatileSlice<'_>]) -> Result<(), DiskError> {
+        check_range(self.capacity, Operation::Read, offset, len)?;
+        let host = |error| DiskError::host(error, Operation::Read, offset, len);
+        let count = self.file.read_at(offset, buffers).map_err(host)? as u64;
+        if count < len {
+            if offset + count < self.geometry.file_size {
+                return Err(host(io::Error::new(
+                    io::ErrorKind::UnexpectedEof,
+                    "the image is shorter than when it was opened",
+                )));
+            }
+            zero_from(buffers, count);
+        }
+        Ok(())
+    }
+
+    fn check_change(&self, operation: Operation, offset: u64, len: u64) -> Result<(), DiskError> {
+        if self.geometry.read_only {
+            return Err(DiskError::new(DiskErrorKind::ReadOnly, operation, offset, len));
+        }
+        check_range(self.capacity, operation, offset, len)
+    }
+
+    fn flush_file(&self) -> Result<(), DiskError> {
+        if self.geometry.read_only {
+            return Ok(());
+        }
+        let failed = |error| DiskError::host(error, Operation::Flush, 0, 0);
+        if self.flush_failed.load(Ordering::Acquire) {
+            return Err(failed(io::Error::other("an earlier flush failed, so writes may have been lost")));
+        }
+        self.file.sync_data().map_err(|error| {
+            self.flush_failed.store(true, Ordering::Release);
+            failed(error)
+        })
+    }
+
+    /// Punches a hole; `Ok(false)` when the file system cannot.
+    fn punch_hole(&self, offset: u64, len: u64) -> io::Result<bool> {
+        if self.no_punch_hole.load(Ordering::Relaxed) {
+            return Ok(false);
+        }
+        supported(self.file.punch_hole(offset, len), &self.no_punch_hole)
+    }
+
+    fn zero(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        if unmap && self.punch_hole(offset, len)? {
+            return Ok(());
+        }
+        if !self.no_zero_range.load(Ordering::Relaxed)
+            && supported(self.file.zero_range(offset, len), &self.no_zero_range)?
+        {
+            return Ok(());
+        }
+        self.write_zero_blocks(offset, len)
+    }
+
+    fn write_zero_blocks(&self, mut offset: u64, mut len: u64) -> io::Result<()> {
+        let mut zeros = vec![0u8; ZERO_BLOCK];
+        let block = VolatileSlice::from(&mut zeros[..]);
+        while len > 0 {
+            let mut list = Vec::with_capacity(ZERO_BLOCKS_PER_WRITE);
+            let mut bytes = 0;
+            while bytes < len && list.len() < ZERO_BLOCKS_PER_WRITE {
+                let piece = (len - bytes).min(ZERO_BLOCK as u64);
+                list.push(block.subslice(0, piece as usize).map_err(io::Error::other)?);
+                bytes += piece;
+            }
+            self.file.write_at(offset, &list)?;
+            offset += bytes;
+            len -= bytes;
+        }
+        Ok(())
+    }
+}
+
+/// Turns "unsupported" into `Ok(false)` and remembers it.
+fn supported(result: io::Result<()>, unsupported: &AtomicBool) -> io::Result<bool> {
+    match result {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::Unsupported => {
+            unsupported.store(true, Ordering::Relaxed);
+            Ok(false)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Zeroes everything in the buffers after the first `skip` bytes.
+fn zero_from(buffers: &[VolatileSlice<'_>], mut skip: u64) {
+    const ZEROS: [u8; SECTOR_SIZE as usize] = [0; SECTOR_SIZE as usize];
+    for buffer in buffers {
+        let mut start = skip.min(buffer.len() as u64) as usize;
+        skip -= start as u64;
+        while let Ok(rest) = buffer.offset(start)
+            && !rest.is_empty()
+        {
+            let piece = rest.len().min(ZEROS.len());
+            rest.copy_from(&ZEROS[..piece]);
+            start += piece;
+        }
+    }
+}
+
+impl<F: ImageFile> Disk for RawDisk<F> {
+    fn capacity_bytes(&self) -> u64 {
+        self.capacity
+    }
+
+    fn logical_block_size(&self) -> u32 {
+        self.geometry.logical_block_size
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        let RawGeometry { read_only, discard_granularity, .. } = self.geometry;
+        let discard = discard_granularity
+            .map(|granularity| DiscardLimits { granularity, max_bytes: MAX_DISCARD_BYTES })
+            .filter(|_| !read_only);
+        let write_zeroes = (!read_only)
+            .then_some(WriteZeroesLimits { max_bytes: MAX_ZEROES_BYTES, unmap: discard.is_some() });
+        Capabilities { read_only, discard, write_zeroes }
+    }
+
+    fn read_at(&self, offset: u64, buffers: &[VolatileSlice<'_>]) -> Result<(), DiskError> {
+        let len = total_len(buffers);
+        self.metrics.count(Operation::Read, len, self.read(offset, len, buffers))
+    }
+
+    fn write_at(&self, offset: u64, buffers: &[VolatileSlice<'_>]) -> Result<(), DiskError> {
+        let len = total_len(buffers);
+        let result = self.check_change(Operation::Write, offset, len).and_then(|()| {
+            self.file
+                .write_at(offset, buffers)
+                .map_err(|error| DiskError::host(error, Operation::Write, offset, len))
+        });
+        self.metrics.count(Operation::Write, len, result)
+    }
+
+    fn flush(&self) -> Result<(), DiskError> {
+        self.metrics.count(Operation::Flush, 0, self.flush_file())
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> Result<(), DiskError> {
+        let result = self.check_change(Operation::Discard, offset, len).and_then(|()| {
+            match self.geometry.discard_granularity {
+                None => Err(DiskError::new(DiskErrorKind::Unsupported, Operation::Discard, offset, len)),
+                // The kernel refuses an empty range.
+                Some(_) if len == 0 => Ok(()),
+                Some(_) => self
+                    .punch_hole(offset, len)
+                    .map(|_released| ())
+                    .map_err(|error| DiskError::host(error, Operation::Discard, offset, len)),
+            }
+        });
+        self.metrics.count(Operation::Discard, len, result)
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<(), DiskError> {
+        let result = self.check_change(Operation::WriteZeroes, offset, len).and_then(|()| {
+            if len == 0 {
+                return Ok(());
+            }
+            self.zero(offset, len, unmap)
+                .map_err(|error| DiskError::host(error, Operation::WriteZeroes, offset, len))
+        });
+        self.metrics.count(Operation::WriteZeroes, len, result)
+    }
+
+    fn metrics(&self) -> &DiskMetrics {
+        &self.metrics
+    }
+}
+
+#[cfg(test)]
+#[path = "tests.rs"]
+mod tests;
