@@ -20,7 +20,13 @@ const RECORDS: u32 = 60;
 const CUTS: u64 = 200;
 
 fn geometry(file_size: u64) -> RawGeometry {
-    RawGeometry { file_size, logical_block_size: 512, discard_granularity: Some(4096), read_only: false }
+    RawGeometry {
+        file_size,
+        logical_block_size: 512,
+        discard_granularity: Some(4096),
+        range_alignment: 1,
+        read_only: false,
+    }
 }
 
 fn host_file(size: u64) -> HostFile {

@@ -7,7 +7,8 @@
 //! Space: discard punches a hole, which reads as zero afterwards. Zeroing punches a hole if unmapping is
 //! allowed, else zeroes the range in place, else (file systems that can do neither) writes zeros. What the file
 //! system turned out not to support is not tried again. Discard is advice, so where it is not supported after
-//! all it succeeds and changes nothing.
+//! all it succeeds and changes nothing. Block devices release and zero whole blocks only: of a range that does not
+//! begin or end at one, discard leaves the rest as it was, and zeroing writes it.
 //!
 //! Durability: a flush is one `fdatasync`. If one fails the host may have dropped the pages it could not write
 //! and would report success the next time, so every later flush of the same opening fails as well.
@@ -51,6 +52,9 @@ pub struct RawGeometry {
     pub logical_block_size: u32,
     /// Unit in which the host can release space, in bytes; `None` when it cannot.
     pub discard_granularity: Option<u32>,
+    /// What offset and length of a range to release or to zero must be a multiple of: 1 for files, the logical
+    /// block size for devices.
+    pub range_alignment: u32,
     /// Refuse to change anything.
     pub read_only: bool,
 }
@@ -133,7 +137,33 @@ impl<F: ImageFile> RawDisk<F> {
         supported(self.file.punch_hole(offset, len), &self.no_punch_hole)
     }
 
+    /// The whole blocks within a range that the host can release or zero at once; empty if there are none.
+    fn whole_blocks(&self, offset: u64, len: u64) -> std::ops::Range<u64> {
+        let unit = u64::from(self.geometry.range_alignment).max(1);
+        let end = offset + len;
+        let start = offset.checked_next_multiple_of(unit).unwrap_or(end).min(end);
+        start..(end - end % unit).max(start)
+    }
+
+    fn discard_blocks(&self, offset: u64, len: u64) -> io::Result<()> {
+        let blocks = self.whole_blocks(offset, len);
+        if !blocks.is_empty() {
+            self.punch_hole(blocks.start, blocks.end - blocks.start)?;
+        }
+        Ok(())
+    }
+
     fn zero(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        let blocks = self.whole_blocks(offset, len);
+        if blocks.is_empty() {
+            return self.write_zero_blocks(offset, len);
+        }
+        self.write_zero_blocks(offset, blocks.start - offset)?;
+        self.zero_blocks(blocks.start, blocks.end - blocks.start, unmap)?;
+        self.write_zero_blocks(blocks.end, offset + len - blocks.end)
+    }
+
+    fn zero_blocks(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
         if unmap && self.punch_hole(offset, len)? {
             return Ok(());
         }
@@ -234,11 +264,8 @@ impl<F: ImageFile> Disk for RawDisk<F> {
         let result = self.check_change(Operation::Discard, offset, len).and_then(|()| {
             match self.geometry.discard_granularity {
                 None => Err(DiskError::new(DiskErrorKind::Unsupported, Operation::Discard, offset, len)),
-                // The kernel refuses an empty range.
-                Some(_) if len == 0 => Ok(()),
                 Some(_) => self
-                    .punch_hole(offset, len)
-                    .map(|_released| ())
+                    .discard_blocks(offset, len)
                     .map_err(|error| DiskError::host(error, Operation::Discard, offset, len)),
             }
         });
@@ -247,9 +274,6 @@ impl<F: ImageFile> Disk for RawDisk<F> {
 
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<(), DiskError> {
         let result = self.check_change(Operation::WriteZeroes, offset, len).and_then(|()| {
-            if len == 0 {
-                return Ok(());
-            }
             self.zero(offset, len, unmap)
                 .map_err(|error| DiskError::host(error, Operation::WriteZeroes, offset, len))
         });

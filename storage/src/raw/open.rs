@@ -47,6 +47,7 @@ impl RawDisk<HostFile> {
             file_size,
             logical_block_size,
             discard_granularity: can_discard.then_some(granularity),
+            range_alignment: if is_device { logical_block_size } else { 1 },
             read_only: options.read_only,
         };
         Ok(Self::over(file, geometry))

@@ -139,6 +139,77 @@ proptest! {
     }
 }
 
+/// A file that, like a block device, releases and zeroes whole blocks only.
+struct BlockwiseFile(HostFile);
+
+impl BlockwiseFile {
+    const BLOCK: u64 = 4096;
+
+    fn check(offset: u64, len: u64) -> io::Result<()> {
+        if len == 0 || !offset.is_multiple_of(Self::BLOCK) || !len.is_multiple_of(Self::BLOCK) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        Ok(())
+    }
+}
+
+impl ImageFile for BlockwiseFile {
+    fn read_at(&self, offset: u64, buffers: &[VolatileSlice<'_>]) -> io::Result<usize> {
+        self.0.read_at(offset, buffers)
+    }
+
+    fn write_at(&self, offset: u64, buffers: &[VolatileSlice<'_>]) -> io::Result<()> {
+        self.0.write_at(offset, buffers)
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        self.0.sync_data()
+    }
+
+    fn punch_hole(&self, offset: u64, len: u64) -> io::Result<()> {
+        Self::check(offset, len)?;
+        self.0.punch_hole(offset, len)
+    }
+
+    fn zero_range(&self, offset: u64, len: u64) -> io::Result<()> {
+        Self::check(offset, len)?;
+        self.0.zero_range(offset, len)
+    }
+}
+
+#[test]
+fn ranges_that_do_not_fit_the_blocks_of_a_device_are_zeroed_exactly_and_discarded_inside() {
+    const SIZE: u64 = 8 * BlockwiseFile::BLOCK;
+    let geometry = RawGeometry {
+        file_size: SIZE,
+        logical_block_size: 4096,
+        discard_granularity: Some(4096),
+        range_alignment: 4096,
+        read_only: false,
+    };
+    let ranges =
+        [(0, 0), (1, 10), (4000, 200), (4095, 4098), (4096, 8192), (100, 20_000), (12_288, SIZE - 12_288)];
+    for (offset, len) in ranges {
+        for unmap in [true, false] {
+            let file = tempfile::tempfile().unwrap();
+            let disk = RawDisk::over(BlockwiseFile(HostFile::new(file)), geometry);
+            let mut model = vec![7; SIZE as usize];
+            write_bytes(&disk, 0, &model).unwrap();
+            disk.write_zeroes(offset, len, unmap).unwrap();
+            model[offset as usize..(offset + len) as usize].fill(0);
+            assert!(content_of(&disk) == model, "zeroing {len} bytes at {offset}");
+        }
+        let disk = RawDisk::over(BlockwiseFile(HostFile::new(tempfile::tempfile().unwrap())), geometry);
+        write_bytes(&disk, 0, &vec![7; SIZE as usize]).unwrap();
+        disk.discard(offset, len).unwrap();
+        for (index, block) in content_of(&disk).chunks(4096).enumerate() {
+            let start = index as u64 * 4096;
+            let inside = offset <= start && start + 4096 <= offset + len;
+            assert!(block.iter().all(|b| *b == if inside { 0 } else { 7 }), "discard of {len} at {offset}");
+        }
+    }
+}
+
 #[test]
 fn an_odd_size_is_rounded_up_and_the_tail_reads_as_zero_until_written() {
     let (_directory, path) = image(&[5; 700]);
