@@ -222,3 +222,44 @@ fn the_same_descriptor_twice_is_refused() {
     let error = event_loop.handle().register(event, Interest::READ, |_| ()).unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::AlreadyExists);
 }
+
+#[test]
+fn sources_come_and_go_from_many_threads_while_the_loop_runs() {
+    let mut event_loop = EventLoop::new().unwrap();
+    let handle = event_loop.handle();
+    let alive = Arc::new(());
+    let thread = std::thread::spawn(move || event_loop.run().unwrap());
+    std::thread::scope(|scope| {
+        for worker in 0..3 {
+            let (handle, alive) = (handle.clone(), alive.clone());
+            scope.spawn(move || {
+                for round in 0..300 {
+                    let event = Arc::new(EventFd::new().unwrap());
+                    let (called, was_called) = mpsc::channel();
+                    let (drained, alive) = (event.clone(), alive.clone());
+                    let callback = move |_| {
+                        let _alive = &alive;
+                        drained.drain();
+                        let _ = called.send(());
+                    };
+                    let token = handle.register(event.clone(), Interest::READ, callback).unwrap();
+                    event.signal();
+                    if (round + worker) % 3 == 0 {
+                        was_called.recv_timeout(LONG).unwrap();
+                    }
+                    handle.set_interest(token, Interest::READ).unwrap();
+                    assert!(handle.remove_and_wait(token));
+                    was_called.try_iter().count();
+                    event.signal();
+                    assert!(
+                        was_called.recv_timeout(Duration::from_micros(50)).is_err(),
+                        "called after removal"
+                    );
+                }
+            });
+        }
+    });
+    handle.stop();
+    thread.join().unwrap();
+    assert_eq!(Arc::strong_count(&alive), 1);
+}
