@@ -28,7 +28,8 @@ enum Lists {
 pub struct Apt<'a> {
     cache: &'a Cache,
     lock: &'a CacheLock,
-    updated: bool,
+    /// The private lists were fetched in the life of this value: no others are needed.
+    fresh: bool,
 }
 
 impl<'a> Apt<'a> {
@@ -42,7 +43,7 @@ impl<'a> Apt<'a> {
                 return Err(Error::NoPackageManager { missing: program });
             }
         }
-        let apt = Self { cache, lock, updated: false };
+        let apt = Self { cache, lock, fresh: false };
         let dump = run("apt-config dump", Command::new("apt-config").arg("dump").env("LC_ALL", "C"))?;
         for lists in [Lists::System, Lists::Private] {
             let text = apt.configuration(&dump, lists);
@@ -55,15 +56,31 @@ impl<'a> Apt<'a> {
         Ok(apt)
     }
 
+    /// Does `work` with the lists that are there; if that fails, once more with lists fetched anew. Lists that are
+    /// missing, or so old that the archive no longer has what they name, are both mended that way.
+    ///
+    /// # Errors
+    /// What the second attempt, or the fetching, said.
+    pub fn with_fresh_lists_if_needed<T>(
+        &mut self,
+        progress: &mut dyn Progress,
+        work: impl Fn(&Self, &mut dyn Progress) -> Result<T>,
+    ) -> Result<T> {
+        match work(self, progress) {
+            Err(_) if !self.fresh => {
+                self.update(progress)?;
+                work(self, progress)
+            }
+            result => result,
+        }
+    }
+
     /// The first of `names` that the package lists know, with the names of the packages it depends on.
     ///
     /// # Errors
-    /// [`Error::NoPackage`], or what the package manager said.
-    pub fn depends(&mut self, names: &[&str], progress: &mut dyn Progress) -> Result<(String, Vec<String>)> {
-        for lists in [Lists::System, Lists::Private] {
-            if lists == Lists::Private {
-                self.update(progress)?;
-            }
+    /// [`Error::NoPackage`].
+    pub fn depends(&self, names: &[&str]) -> Result<(String, Vec<String>)> {
+        for lists in self.lists() {
             for name in names {
                 let mut command = self.command(lists, "apt-cache");
                 if let Ok(text) = run("apt-cache depends", command.args(["depends", "--important", name])) {
@@ -81,16 +98,20 @@ impl<'a> Apt<'a> {
     ///
     /// # Errors
     /// What the package manager said, or [`Error::Io`].
-    pub fn obtain(&mut self, package: &str, progress: &mut dyn Progress) -> Result<PathBuf> {
+    pub fn obtain(&self, package: &str, progress: &mut dyn Progress) -> Result<PathBuf> {
         let relative = format!("packages/{package}");
-        let (cache, lock) = (self.cache, self.lock);
-        cache.publish_directory(lock, &relative, |directory| {
+        self.cache.publish_directory(self.lock, &relative, |directory| {
             let archives = directory.join("archive");
             fs::create_dir(&archives).map_err(Error::io("create", &archives))?;
-            if self.download(Lists::System, package, &archives, progress).is_err() {
-                self.update(progress)?;
-                self.download(Lists::Private, package, &archives, progress)?;
+            progress.step(&format!("downloading {package}"));
+            let mut result = Err(Error::NoPackage { names: package.to_owned() });
+            for lists in self.lists() {
+                result = self.download(lists, package, &archives, progress);
+                if result.is_ok() {
+                    break;
+                }
             }
+            result?;
             let archive = only_entry(&archives)?;
             progress.step(&format!("unpacking {package}"));
             run("dpkg-deb", Command::new("dpkg-deb").arg("-x").arg(&archive).arg(directory))?;
@@ -99,22 +120,31 @@ impl<'a> Apt<'a> {
     }
 
     fn download(&self, lists: Lists, package: &str, into: &Path, progress: &mut dyn Progress) -> Result<()> {
-        progress.step(&format!("downloading {package}"));
         let mut command = self.command(lists, "apt-get");
         command.args(["-qq", "download", package]).current_dir(into);
         run_with_progress("apt-get download", &mut command, progress)
     }
 
-    /// Fetches the package lists into the private state, once in the life of this value.
-    fn update(&mut self, progress: &mut dyn Progress) -> Result<()> {
-        if self.updated {
-            return Ok(());
+    /// The lists to try, in order. Private ones that an earlier run fetched come after the host's, which the
+    /// host keeps up to date.
+    fn lists(&self) -> Vec<Lists> {
+        let directory = self.cache.path("apt/state/lists");
+        let mut entries = fs::read_dir(directory).into_iter().flatten().flatten();
+        let has_private = entries.any(|e| e.file_name().to_string_lossy().contains("_Packages"));
+        match (self.fresh, has_private) {
+            (true, _) => vec![Lists::Private],
+            (false, true) => vec![Lists::System, Lists::Private],
+            (false, false) => vec![Lists::System],
         }
+    }
+
+    /// Fetches the package lists into the private state.
+    fn update(&mut self, progress: &mut dyn Progress) -> Result<()> {
         progress.step("reading the distribution's package lists");
         let mut command = self.command(Lists::Private, "apt-get");
         command.args(["-qq", "update"]);
         run_with_progress("apt-get update", &mut command, progress)?;
-        self.updated = true;
+        self.fresh = true;
         Ok(())
     }
 

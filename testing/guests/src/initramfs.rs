@@ -27,7 +27,7 @@ const DRIVERS: [&str; 10] = [
     "ext4",
 ];
 
-const PROFILE: &str = "export PATH=/bin:/sbin:/usr/bin:/usr/sbin PS1='\\u@\\h:\\w\\$ '\n";
+pub(crate) const PROFILE: &str = "export PATH=/bin:/sbin:/usr/bin:/usr/sbin PS1='\\h:\\w# '\n";
 
 /// The scripts of the images; part of the cache key of [`crate::quick_start`].
 pub(crate) const INIT: &str = include_str!("scripts/init.sh");

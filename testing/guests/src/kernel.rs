@@ -92,25 +92,36 @@ pub(crate) fn fetch_locked(
     if let Some(files) = cached(cache, kernel) {
         return Ok(files);
     }
-    let mut apt = Apt::new(cache, lock)?;
     progress.step(&format!("looking for a kernel ({})", kernel.name()));
-    let (meta, depends) = apt.depends(kernel.meta_packages(), progress)?;
+    let mut apt = Apt::new(cache, lock)?;
+    let (image, modules, files) =
+        apt.with_fresh_lists_if_needed(progress, |apt, progress| obtain(apt, kernel, progress))?;
+    let entry = format!("{image}\n{modules}\n");
+    cache.publish_file(lock, &format!("resolved/{}", kernel.name()), entry.as_bytes())?;
+    Ok(files)
+}
+
+/// Downloads the packages of `kernel`; gives their names: the image's and the modules', which may be the same.
+fn obtain(
+    apt: &Apt<'_>,
+    kernel: GuestKernel,
+    progress: &mut dyn Progress,
+) -> Result<(String, String, KernelFiles)> {
+    let (meta, depends) = apt.depends(kernel.meta_packages())?;
     let image = depends
         .iter()
         .find(|name| name.starts_with("linux-image-"))
         .ok_or_else(|| Error::NoPackage { names: format!("the kernel image that {meta} depends on") })?;
     let tree = apt.obtain(image, progress)?;
-    let modules_tree = match only_version(&tree.join("lib/modules"))
-        .or_else(|| only_version(&tree.join("usr/lib/modules")))
-    {
-        Some(_) => tree.clone(),
+    let mut modules = image.clone();
+    let mut modules_tree = tree.clone();
+    if ["lib/modules", "usr/lib/modules"].iter().all(|d| only_version(&tree.join(d)).is_none()) {
         // Ubuntu keeps the modules in a package of their own, named by the same version.
-        None => apt.obtain(&image.replacen("linux-image-", "linux-modules-", 1), progress)?,
-    };
+        modules = image.replacen("linux-image-", "linux-modules-", 1);
+        modules_tree = apt.obtain(&modules, progress)?;
+    }
     let files = describe(image, &tree, &modules_tree)?;
-    let entry = format!("{}\n{}\n", name_of(&tree), name_of(&modules_tree));
-    cache.publish_file(lock, &format!("resolved/{}", kernel.name()), entry.as_bytes())?;
-    Ok(files)
+    Ok((image.clone(), modules, files))
 }
 
 /// The kernel as an earlier call left it, without asking the package manager.
@@ -133,7 +144,12 @@ pub(crate) fn busybox_locked(
 ) -> Result<PathBuf> {
     let package = "busybox-static";
     let tree = cache.path(&format!("packages/{package}"));
-    let tree = if tree.is_dir() { tree } else { Apt::new(cache, lock)?.obtain(package, progress)? };
+    let tree = if tree.is_dir() {
+        tree
+    } else {
+        Apt::new(cache, lock)?
+            .with_fresh_lists_if_needed(progress, |apt, progress| apt.obtain(package, progress))?
+    };
     ["bin/busybox", "usr/bin/busybox"].map(|f| tree.join(f)).into_iter().find(|p| p.is_file()).ok_or_else(
         || Error::Incomplete {
             package: package.to_owned(),

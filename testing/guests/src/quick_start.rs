@@ -66,7 +66,7 @@ fn command_line(term: Option<&str>) -> String {
 
 /// FNV-1a over the image's scripts: another version of this crate must not use an older one's image.
 fn scripts_fingerprint() -> u32 {
-    let bytes = initramfs::INIT.bytes().chain(initramfs::SESSION.bytes());
+    let bytes = initramfs::INIT.bytes().chain(initramfs::SESSION.bytes()).chain(initramfs::PROFILE.bytes());
     bytes.fold(0x811c_9dc5, |hash: u32, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193))
 }
 
