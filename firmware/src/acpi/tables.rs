@@ -47,8 +47,8 @@ fn io_address(port: u16, bits: u8, access: u8) -> [u8; 12] {
 
 /// FADT revision 6.4 with fixed hardware (ACPI 6.5, section 5.2.9).
 pub(super) fn fadt(facs: u32, dsdt: u64, devices: FixedDevices) -> Vec<u8> {
-    /// WBINVD works; C1 on every processor; no fixed sleep button; RTC wakes from S4 but is not reported there;
-    /// 32-bit timer; reset register.
+    /// WBINVD works; C1 on every processor; no fixed sleep button (the power button is fixed: bit 4 clear); the
+    /// real-time clock's wake status is not in the PM1 block; 32-bit timer; reset register.
     const FLAGS: u32 = 1 | 1 << 2 | 1 << 5 | 1 << 6 | 1 << 8 | 1 << 10;
     /// Latencies that say: no C2 and no C3.
     const NO_C2: u16 = 101;
@@ -95,10 +95,11 @@ pub(super) fn mcfg() -> Vec<u8> {
     sdt::table(b"MCFG", 1, &body)
 }
 
-/// Windows ACPI emulated devices table: one read of the power-management timer is enough, and the real-time
-/// clock needs no acknowledgement by reading register C twice.
+/// Windows ACPI emulated devices table: one read of the power-management timer is enough. The real-time clock is
+/// like a real one: its interrupt has to be acknowledged in register C, so bit 0 stays clear.
 pub(super) fn waet() -> Vec<u8> {
-    sdt::table(b"WAET", 1, &0b11u32.to_le_bytes())
+    const PM_TIMER_GOOD: u32 = 1 << 1;
+    sdt::table(b"WAET", 1, &PM_TIMER_GOOD.to_le_bytes())
 }
 
 /// SRAT: everything in one proximity domain, with the room for added RAM (ACPI 6.5, section 5.2.16).
