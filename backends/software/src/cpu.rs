@@ -168,6 +168,8 @@ pub struct Cpu {
     pub system: Box<crate::system::SystemState>,
     /// Linear-address translation: TLB and paging-structure walks.
     pub mmu: Box<crate::mmu::Mmu>,
+    /// The interpreter's own state; nothing architectural.
+    pub exec: crate::execute::ExecState,
     /// Decoded code by physical page.
     pub code: Box<crate::decode::CodeCache>,
     /// Scratch of the vector and x87 engine.

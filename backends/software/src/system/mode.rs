@@ -53,6 +53,7 @@ impl Cpu {
             requests,
             system: Box::default(),
             mmu: Box::default(),
+            exec: Default::default(),
             code: Box::default(),
             fpu: Box::default(),
             shared,

@@ -1,0 +1,279 @@
+//! Registers and memory operands: of iced instructions (for `system/` and `fpu/`), and of digested ops.
+
+use iced_x86::{Instruction, OpKind, Register};
+
+use atoll_machine::cpu::state::{gpr, seg};
+
+use crate::access::Access;
+use crate::cpu::Cpu;
+use crate::decode::{Op, REG_NONE, REG_RIP};
+use crate::exception::Outcome;
+use crate::mmu::raw::Word;
+
+/// Index of a general register in [`Cpu::gpr`], with bit 4 set for AH, CH, DH and BH. `REG_NONE` for others.
+pub fn register_code(register: Register) -> u8 {
+    match register {
+        Register::AH | Register::CH | Register::DH | Register::BH => {
+            (register as u8 - Register::AH as u8) | 0x10
+        }
+        Register::None => REG_NONE,
+        _ if register.is_gpr() => register.full_register().number() as u8,
+        _ => REG_NONE,
+    }
+}
+
+/// Index of a segment register in [`Cpu::segments`]; DS for anything else.
+pub fn segment_code(register: Register) -> usize {
+    match register {
+        Register::ES => seg::ES,
+        Register::CS => seg::CS,
+        Register::SS => seg::SS,
+        Register::FS => seg::FS,
+        Register::GS => seg::GS,
+        _ => seg::DS,
+    }
+}
+
+/// Value of a general register, zero-extended.
+pub fn read_register(cpu: &Cpu, register: Register) -> u64 {
+    let code = register_code(register);
+    match register.size() {
+        1 => u64::from(u8::get(cpu, code)),
+        2 => u64::from(u16::get(cpu, code)),
+        4 => u64::from(u32::get(cpu, code)),
+        _ => u64::get(cpu, code),
+    }
+}
+
+/// Writes a general register: 8- and 16-bit writes keep the rest, 32-bit writes clear the upper half.
+pub fn write_register(cpu: &mut Cpu, register: Register, value: u64) {
+    let code = register_code(register);
+    match register.size() {
+        1 => u8::set(cpu, code, value as u8),
+        2 => u16::set(cpu, code, value as u16),
+        4 => u32::set(cpu, code, value as u32),
+        _ => u64::set(cpu, code, value),
+    }
+}
+
+/// Address size of a memory operand in bytes: 2, 4 or 8.
+pub fn address_size(cpu: &Cpu, instruction: &Instruction) -> u32 {
+    let by_register = |r: Register| match r {
+        Register::RIP => Some(8),
+        Register::EIP => Some(4),
+        // A vector index (gather) leaves the size to the base or the displacement.
+        r if r.is_gpr() => Some(r.size() as u32),
+        _ => None,
+    };
+    by_register(instruction.memory_base()).or_else(|| by_register(instruction.memory_index())).unwrap_or_else(
+        || match instruction.memory_displ_size() {
+            2 => 2,
+            4 => 4,
+            8 => 8,
+            _ => cpu.mode.bits / 8,
+        },
+    )
+}
+
+fn mask_of(size: u32) -> u64 {
+    match size {
+        2 => 0xffff,
+        4 => 0xffff_ffff,
+        _ => u64::MAX,
+    }
+}
+
+/// Segment and offset of memory operand `operand`: address-size masked, segment override applied,
+/// RIP-relative to [`Cpu::next_rip`]. A vector index (VSIB) is left out. The instruction was decoded with
+/// IP 0.
+pub fn effective_address(cpu: &Cpu, instruction: &Instruction, operand: u32) -> (usize, u64) {
+    let source = segment_code(instruction.memory_segment());
+    let by = |segment: usize, register: usize, size: u32| (segment, cpu.gpr[register] & mask_of(size));
+    match instruction.op_kind(operand) {
+        OpKind::MemorySegSI => by(source, gpr::RSI, 2),
+        OpKind::MemorySegESI => by(source, gpr::RSI, 4),
+        OpKind::MemorySegRSI => by(source, gpr::RSI, 8),
+        OpKind::MemorySegDI => by(source, gpr::RDI, 2),
+        OpKind::MemorySegEDI => by(source, gpr::RDI, 4),
+        OpKind::MemorySegRDI => by(source, gpr::RDI, 8),
+        OpKind::MemoryESDI => by(seg::ES, gpr::RDI, 2),
+        OpKind::MemoryESEDI => by(seg::ES, gpr::RDI, 4),
+        OpKind::MemoryESRDI => by(seg::ES, gpr::RDI, 8),
+        _ => (source, memory_offset(cpu, instruction)),
+    }
+}
+
+fn memory_offset(cpu: &Cpu, instruction: &Instruction) -> u64 {
+    let mut offset = instruction.memory_displacement64();
+    match instruction.memory_base() {
+        Register::None => {}
+        // The displacement already counts from the instruction's start (it was decoded at IP 0).
+        Register::RIP | Register::EIP => {
+            let start = cpu.next_rip.wrapping_sub(instruction.len() as u64);
+            offset = offset.wrapping_add(start);
+        }
+        base => offset = offset.wrapping_add(read_register(cpu, base)),
+    }
+    let index = instruction.memory_index();
+    if index.is_gpr() {
+        let scale = u64::from(instruction.memory_index_scale());
+        offset = offset.wrapping_add(read_register(cpu, index).wrapping_mul(scale));
+    }
+    offset & mask_of(address_size(cpu, instruction))
+}
+
+/// Linear address of the memory operand (the first one there is) for an access of `size` bytes, with the
+/// segment's checks.
+pub fn memory_operand_linear(
+    cpu: &Cpu,
+    instruction: &Instruction,
+    size: u64,
+    access: Access,
+) -> Outcome<u64> {
+    let operand = (0..instruction.op_count())
+        .find(|&i| !matches!(instruction.op_kind(i), OpKind::Register) && is_memory(instruction.op_kind(i)))
+        .unwrap_or(0);
+    let (segment, offset) = effective_address(cpu, instruction, operand);
+    cpu.linear(segment, offset, size, access)
+}
+
+/// Whether an operand is in memory.
+pub fn is_memory(kind: OpKind) -> bool {
+    matches!(
+        kind,
+        OpKind::Memory
+            | OpKind::MemorySegSI
+            | OpKind::MemorySegESI
+            | OpKind::MemorySegRSI
+            | OpKind::MemorySegDI
+            | OpKind::MemorySegEDI
+            | OpKind::MemorySegRDI
+            | OpKind::MemoryESDI
+            | OpKind::MemoryESEDI
+            | OpKind::MemoryESRDI
+    )
+}
+
+/// An operand size with its registers.
+pub(crate) trait Operand: Word {
+    /// Size in bits.
+    const BITS: u32;
+    /// Value of register `code` (see [`register_code`]).
+    fn get(cpu: &Cpu, code: u8) -> Self;
+    /// Writes register `code` as an instruction of this size does.
+    fn set(cpu: &mut Cpu, code: u8, value: Self);
+    /// Sign-extended.
+    fn to_i64(self) -> i64;
+}
+
+impl Operand for u8 {
+    const BITS: u32 = 8;
+    #[inline(always)]
+    fn get(cpu: &Cpu, code: u8) -> Self {
+        (cpu.gpr[(code & 15) as usize] >> (code >> 4 << 3)) as u8
+    }
+    #[inline(always)]
+    fn set(cpu: &mut Cpu, code: u8, value: Self) {
+        let shift = code >> 4 << 3;
+        let register = &mut cpu.gpr[(code & 15) as usize];
+        *register = *register & !(0xff << shift) | u64::from(value) << shift;
+    }
+    #[inline(always)]
+    fn to_i64(self) -> i64 {
+        i64::from(self as i8)
+    }
+}
+
+impl Operand for u16 {
+    const BITS: u32 = 16;
+    #[inline(always)]
+    fn get(cpu: &Cpu, code: u8) -> Self {
+        cpu.gpr[(code & 15) as usize] as u16
+    }
+    #[inline(always)]
+    fn set(cpu: &mut Cpu, code: u8, value: Self) {
+        let register = &mut cpu.gpr[(code & 15) as usize];
+        *register = *register & !0xffff | u64::from(value);
+    }
+    #[inline(always)]
+    fn to_i64(self) -> i64 {
+        i64::from(self as i16)
+    }
+}
+
+impl Operand for u32 {
+    const BITS: u32 = 32;
+    #[inline(always)]
+    fn get(cpu: &Cpu, code: u8) -> Self {
+        cpu.gpr[(code & 15) as usize] as u32
+    }
+    #[inline(always)]
+    fn set(cpu: &mut Cpu, code: u8, value: Self) {
+        cpu.gpr[(code & 15) as usize] = u64::from(value);
+    }
+    #[inline(always)]
+    fn to_i64(self) -> i64 {
+        i64::from(self as i32)
+    }
+}
+
+impl Operand for u64 {
+    const BITS: u32 = 64;
+    #[inline(always)]
+    fn get(cpu: &Cpu, code: u8) -> Self {
+        cpu.gpr[(code & 15) as usize]
+    }
+    #[inline(always)]
+    fn set(cpu: &mut Cpu, code: u8, value: Self) {
+        cpu.gpr[(code & 15) as usize] = value;
+    }
+    #[inline(always)]
+    fn to_i64(self) -> i64 {
+        self as i64
+    }
+}
+
+/// Addressing form of a digested op: 64-bit base plus displacement, no segment base.
+pub(crate) const BASE: u8 = 0;
+/// Addressing form: any other 64-bit address of 64-bit code.
+pub(crate) const LONG: u8 = 1;
+/// Addressing form: everything else (16- and 32-bit addresses, segment limits).
+pub(crate) const ANY: u8 = 2;
+
+/// Offset of the memory operand, before its segment.
+#[inline(always)]
+pub(crate) fn op_offset<const A: u8>(cpu: &Cpu, op: &Op) -> u64 {
+    let disp = i64::from(op.disp) as u64;
+    if A == BASE {
+        return cpu.gpr[(op.base & 15) as usize].wrapping_add(disp);
+    }
+    let mut offset = disp;
+    if op.base < REG_NONE {
+        offset = offset.wrapping_add(cpu.gpr[(op.base & 15) as usize]);
+    } else if op.base == REG_RIP {
+        offset = offset.wrapping_add(cpu.op_next_rip(op));
+    }
+    if op.index < REG_NONE {
+        offset = offset.wrapping_add(cpu.gpr[(op.index & 15) as usize] << (op.shift & 3));
+    }
+    if A == ANY { offset & mask_of(u32::from(op.flags & 15)) } else { offset }
+}
+
+/// Linear address of the memory operand of `size` bytes. Whether it is canonical is found out by the access.
+#[inline(always)]
+pub(crate) fn op_linear<const A: u8>(cpu: &Cpu, op: &Op, size: u64, access: Access) -> Outcome<u64> {
+    match A {
+        BASE => Ok(op_offset::<BASE>(cpu, op)),
+        LONG => {
+            let offset = op_offset::<LONG>(cpu, op);
+            let segment = op.segment as usize;
+            Ok(if segment >= seg::FS { offset.wrapping_add(cpu.segments[segment % 6].base) } else { offset })
+        }
+        _ => op_linear_any(cpu, op, size, access),
+    }
+}
+
+#[inline(never)]
+fn op_linear_any(cpu: &Cpu, op: &Op, size: u64, access: Access) -> Outcome<u64> {
+    cpu.linear(op.segment as usize, op_offset::<ANY>(cpu, op), size, access)
+}
