@@ -5,13 +5,17 @@
 //! time stands still, and a test drives all of them by hand ([`VirtualClock`]).
 //!
 //! Guest time is nanoseconds since the machine was created, excluding time spent stopped. The TSC is guest
-//! time scaled by the machine's TSC frequency (plus each vCPU's own adjustment); reading it costs one host
-//! `rdtsc` where the host's TSC is invariant.
+//! time scaled by the machine's TSC frequency (plus each vCPU's own adjustment), so the two cannot drift apart.
+//! [`HostClock`] is the clock of a machine in real time.
+
+mod host;
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
+
+pub use host::HostClock;
 
 /// Nanoseconds of guest time.
 pub type Nanos = u64;
@@ -28,11 +32,25 @@ pub trait Clock: Send + Sync {
     fn tsc(&self) -> u64;
     /// Converts TSC ticks to nanoseconds of the same clock, rounding down.
     fn tsc_to_nanos(&self, tsc: u64) -> Nanos {
-        (u128::from(tsc) * 1_000_000 / u128::from(self.tsc_khz())) as u64
+        tsc_to_nanos(tsc, self.tsc_khz())
     }
     /// How long a host thread should sleep until guest time `at`: `None` when the clock does not advance by
     /// itself (a virtual clock, a stopped machine).
     fn host_delay(&self, at: Nanos) -> Option<std::time::Duration>;
+}
+
+/// `nanos * khz / 1_000_000`, rounded down, without 128-bit arithmetic. Wraps at 64 bits as a TSC does.
+pub fn nanos_to_tsc(nanos: Nanos, khz: u32) -> u64 {
+    let (millis, rest) = (nanos / 1_000_000, nanos % 1_000_000);
+    let khz = u64::from(khz);
+    millis.wrapping_mul(khz).wrapping_add(rest * khz / 1_000_000)
+}
+
+/// `tsc * 1_000_000 / khz`, rounded down, without 128-bit arithmetic. Wraps at 64 bits.
+pub fn tsc_to_nanos(tsc: u64, khz: u32) -> Nanos {
+    let khz = u64::from(khz.max(1));
+    let (millis, rest) = (tsc / khz, tsc % khz);
+    millis.wrapping_mul(1_000_000).wrapping_add(rest * 1_000_000 / khz)
 }
 
 /// A clock that advances only when told to: for tests and, later, replay.
@@ -65,7 +83,7 @@ impl Clock for VirtualClock {
         self.tsc_khz
     }
     fn tsc(&self) -> u64 {
-        (u128::from(self.now()) * u128::from(self.tsc_khz) / 1_000_000) as u64
+        nanos_to_tsc(self.now(), self.tsc_khz)
     }
     fn host_delay(&self, _at: Nanos) -> Option<std::time::Duration> {
         None
@@ -273,6 +291,17 @@ mod tests {
         }
         assert!(timers.heap.lock().unwrap().entries.len() <= SWEEP_AT + 1);
         assert_eq!(timers.next_deadline(), Some(100_999));
+    }
+
+    #[test]
+    fn conversions_are_exact_for_years() {
+        for khz in [1u32, 999, 1_000_000, 2_595_124, 4_200_000, u32::MAX] {
+            for x in [0u64, 1, 999_999, 1_000_001, 123_456_789_012_345, 1 << 55] {
+                assert_eq!(nanos_to_tsc(x, khz), (u128::from(x) * u128::from(khz) / 1_000_000) as u64);
+                assert_eq!(tsc_to_nanos(x, khz), (u128::from(x) * 1_000_000 / u128::from(khz)) as u64);
+            }
+        }
+        assert_eq!(tsc_to_nanos(5, 0), 5_000_000, "a frequency of zero does not divide");
     }
 
     #[test]

@@ -178,7 +178,7 @@ const PAT_RESET: u64 = 0x0007_0406_0007_0406;
 fn common(features: &FeatureSet, physical_bits: u8) -> Vec<MsrEntry> {
     use MsrKind::*;
     use index::*;
-    let address = (1u64 << physical_bits) - 1 & !0xfff;
+    let address = ((1u64 << physical_bits) - 1) & !0xfff;
     let mut list = vec![
         entry(0, 0, ReadOnly), // P5_MC_ADDR: no machine-check banks
         entry(1, 0, ReadOnly), // P5_MC_TYPE
