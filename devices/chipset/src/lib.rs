@@ -1,0 +1,32 @@
+//! The chipset of machine `atoll-1`: what sits around processor, memory and PCI in a Q35-compatible PC.
+//!
+//! | module | what it is | where |
+//! |---|---|---|
+//! | [`pic`] | 8259A pair | ports 20, 21, A0, A1, 4D0, 4D1 |
+//! | [`ioapic`] | IOAPIC, 24 pins | 0xFEC00000 |
+//! | [`gsi`] | wires of devices, OR of shared ones, fan-out to PIC and IOAPIC | |
+//! | [`pit`] | 8254 timer and system control | ports 40-43, 61 |
+//!
+//! Ports are handed to devices as ranges of a `PortBus`; each device says which in its documentation and takes
+//! offsets from the start of its range. Interrupt lines come from [`gsi::Gsi`].
+//!
+//! Lock order: device, [`gsi::Gsi`], [`pic::Pic`] or [`ioapic::IoApic`], then the backend's local APICs. A lower
+//! one never calls a higher one.
+
+#![forbid(unsafe_code)]
+// Shifts bind tighter than masks, as data sheets write them.
+#![allow(clippy::precedence)]
+
+use std::sync::{Mutex, MutexGuard};
+
+pub mod gsi;
+pub mod ioapic;
+pub mod pic;
+pub mod pit;
+#[cfg(test)]
+mod testing;
+
+/// Locks `mutex`. A panic elsewhere does not make plain register values invalid.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
+}
