@@ -32,9 +32,9 @@ pub(crate) struct Arguments {
     /// One round, boot only: a few minutes less
     #[arg(long)]
     quick: bool,
-    /// Leave QEMU out
+    /// Measure only this one besides native: atoll or qemu-tcg
     #[arg(long)]
-    no_qemu: bool,
+    only: Option<String>,
     /// Guest memory in MiB
     #[arg(long, default_value_t = 512)]
     memory: u32,
@@ -79,7 +79,7 @@ type Contender = (&'static str, Box<dyn Fn() -> Command>);
 /// # Errors
 /// If a contender cannot be built or started, or does not finish.
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
-    run_command(&mut cargo(&["build", "--release", "--package", "atoll"]))?;
+    let wanted = |name: &str| arguments.only.as_ref().is_none_or(|only| only == name);
     let kernel = match &arguments.kernel {
         Some(path) => path.clone(),
         None => guests::fetch(GuestKernel::Cloud61).or_else(|_| guests::fetch(GuestKernel::Host))?.vmlinuz,
@@ -89,11 +89,13 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let rounds = if arguments.quick { 1 } else { arguments.rounds.max(1) };
     let append = if arguments.quick { "console=ttyS0" } else { "console=ttyS0 dobench" };
     let patience = Duration::from_secs(arguments.patience);
-    let mut contenders: Vec<Contender> = vec![("atoll", {
+    let mut contenders: Vec<Contender> = Vec::new();
+    if wanted("atoll") {
+        run_command(&mut cargo(&["build", "--release", "--package", "atoll"]))?;
         let (kernel, initrd, memory) = (kernel.clone(), initrd.clone(), arguments.memory);
-        Box::new(move || atoll(&kernel, &initrd, append, memory))
-    })];
-    if !arguments.no_qemu && has("qemu-system-x86_64") {
+        contenders.push(("atoll", Box::new(move || atoll(&kernel, &initrd, append, memory))));
+    }
+    if wanted("qemu-tcg") && has("qemu-system-x86_64") {
         let (kernel, initrd, memory) = (kernel.clone(), initrd.clone(), arguments.memory);
         contenders.push(("qemu-tcg", Box::new(move || qemu(&kernel, &initrd, append, memory))));
     }
