@@ -216,7 +216,7 @@ pub struct CpuState {
 impl CpuState {
     /// The state after RESET (Intel SDM vol. 3, table 10-1): CS:IP at 0xffff_fff0, EDX = `signature` (CPUID 1
     /// EAX). The local APIC is enabled in xAPIC mode with id `apic_id`; the processor is the boot processor
-    /// if `bsp`, and waits for SIPI otherwise.
+    /// if `bsp`, and waits for SIPI otherwise. `msrs` is empty: they have the reset values of the CPU model.
     pub fn power_on(apic_id: u32, bsp: bool, signature: u32) -> Self {
         let data = Segment::real_mode(0, 0x93);
         let mut code = Segment::real_mode(0xf000, 0x9b);
@@ -234,9 +234,13 @@ impl CpuState {
         for lvt in [0x320, 0x330, 0x340, 0x350, 0x360, 0x370] {
             register(lvt, 0x1_0000);
         }
+        // RESET, unlike FNINIT, leaves FCW 0x40 and all registers zero and not empty. XSTATE_BV says that the
+        // x87 state is not the initial one of XRSTOR.
         let mut xsave = vec![0; 576];
+        xsave[0..2].copy_from_slice(&0x40u16.to_le_bytes());
+        xsave[4] = 0xff;
         xsave[24..28].copy_from_slice(&0x1f80u32.to_le_bytes());
-        xsave[0..2].copy_from_slice(&0x37fu16.to_le_bytes());
+        xsave[512] = 1;
         Self {
             gpr,
             rip: 0xfff0,
@@ -267,5 +271,24 @@ impl CpuState {
             sipi_vector: None,
             pending_event: None,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn power_on_state_is_that_of_the_manual() {
+        let boot = CpuState::power_on(3, true, 0x806f8);
+        assert_eq!(boot.segments[seg::CS].base + boot.rip, 0xffff_fff0);
+        assert_eq!((boot.cr0, boot.rflags, boot.gpr[gpr::RDX]), (0x6000_0010, 2, 0x806f8));
+        assert_eq!(boot.lapic.apic_base, 0xfee0_0900);
+        assert_eq!(boot.lapic.registers[0x20..0x24], [0, 0, 0, 3], "id in bits 31..24");
+        assert_eq!(boot.lapic.registers[0xf0], 0xff, "spurious vector, software-disabled");
+        assert_eq!(boot.lapic.registers[0x350..0x353], [0, 0, 1], "LINT0 masked");
+        assert_eq!(boot.activity, Activity::Active);
+        let other = CpuState::power_on(1, false, 0);
+        assert_eq!((other.lapic.apic_base, other.activity), (0xfee0_0800, Activity::WaitForSipi));
     }
 }
