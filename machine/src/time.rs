@@ -95,9 +95,17 @@ impl Clock for VirtualClock {
 pub type TimerCallback = Box<dyn Fn(Nanos) + Send + Sync>;
 
 struct TimerState {
-    /// Deadline currently armed; `u64::MAX` when disarmed. Stale heap entries are recognised by it.
+    /// Sequence number of the live entry in the heap; 0 while disarmed. Entries with another number are stale.
+    armed: AtomicU64,
+    /// Deadline of that entry.
     deadline: AtomicU64,
     callback: TimerCallback,
+}
+
+impl TimerState {
+    fn is_live(&self, entry: &Entry) -> bool {
+        self.armed.load(Ordering::SeqCst) == entry.sequence
+    }
 }
 
 /// One timer of a device. Dropping it disarms it.
@@ -107,25 +115,23 @@ pub struct Timer {
 }
 
 impl Timer {
-    /// Arms the timer for guest time `at`, replacing an earlier deadline.
+    /// Arms the timer for guest time `at`, replacing an earlier deadline. `u64::MAX` is never: it disarms.
     pub fn arm(&self, at: Nanos) {
-        self.state.deadline.store(at, Ordering::SeqCst);
-        if let Some(queue) = self.queue.upgrade() {
-            queue.push(at, &self.state);
+        match self.queue.upgrade() {
+            Some(queue) if at != u64::MAX => queue.push(at, &self.state),
+            _ => self.disarm(),
         }
     }
 
     /// Disarms the timer. A callback that is already running completes.
     pub fn disarm(&self) {
-        self.state.deadline.store(u64::MAX, Ordering::SeqCst);
+        self.state.armed.store(0, Ordering::SeqCst);
     }
 
     /// The armed deadline.
     pub fn deadline(&self) -> Option<Nanos> {
-        match self.state.deadline.load(Ordering::SeqCst) {
-            u64::MAX => None,
-            at => Some(at),
-        }
+        let deadline = self.state.deadline.load(Ordering::SeqCst);
+        (self.state.armed.load(Ordering::SeqCst) != 0).then_some(deadline)
     }
 }
 
@@ -193,20 +199,21 @@ impl Timers {
 
     /// A new, disarmed timer.
     pub fn timer(self: &Arc<Self>, callback: impl Fn(Nanos) + Send + Sync + 'static) -> Timer {
-        let state = TimerState { deadline: AtomicU64::new(u64::MAX), callback: Box::new(callback) };
+        let (armed, deadline) = (AtomicU64::new(0), AtomicU64::new(0));
+        let state = TimerState { armed, deadline, callback: Box::new(callback) };
         Timer { state: Arc::new(state), queue: Arc::downgrade(self) }
     }
 
     fn push(&self, at: Nanos, timer: &Arc<TimerState>) {
         let earliest = {
             let mut heap = self.heap.lock().unwrap_or_else(|e| e.into_inner());
-            let sequence = heap.sequence;
-            heap.sequence += 1;
             if heap.entries.len() >= SWEEP_AT {
-                heap.entries.retain(|Reverse(e)| {
-                    e.timer.upgrade().is_some_and(|t| t.deadline.load(Ordering::SeqCst) == e.at)
-                });
+                heap.entries.retain(|Reverse(e)| e.timer.upgrade().is_some_and(|t| t.is_live(e)));
             }
+            heap.sequence += 1;
+            let sequence = heap.sequence;
+            timer.deadline.store(at, Ordering::SeqCst);
+            timer.armed.store(sequence, Ordering::SeqCst);
             let earliest = heap.entries.peek().is_none_or(|Reverse(e)| at < e.at);
             heap.entries.push(Reverse(Entry { at, sequence, timer: Arc::downgrade(timer) }));
             earliest
@@ -223,8 +230,7 @@ impl Timers {
     pub fn next_deadline(&self) -> Option<Nanos> {
         let mut heap = self.heap.lock().unwrap_or_else(|e| e.into_inner());
         while let Some(Reverse(entry)) = heap.entries.peek() {
-            let live = entry.timer.upgrade().is_some_and(|t| t.deadline.load(Ordering::SeqCst) == entry.at);
-            if live {
+            if entry.timer.upgrade().is_some_and(|t| t.is_live(entry)) {
                 return Some(entry.at);
             }
             heap.entries.pop();
@@ -239,12 +245,12 @@ impl Timers {
             if next > self.clock.now() {
                 return Some(next);
             }
-            let timer = {
+            let popped = {
                 let mut heap = self.heap.lock().unwrap_or_else(|e| e.into_inner());
-                heap.entries.pop().and_then(|Reverse(e)| e.timer.upgrade().map(|t| (e.at, t)))
+                heap.entries.pop().and_then(|Reverse(e)| e.timer.upgrade().map(|t| (e.at, e.sequence, t)))
             };
-            if let Some((at, timer)) = timer
-                && timer.deadline.compare_exchange(at, u64::MAX, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+            if let Some((at, sequence, timer)) = popped
+                && timer.armed.compare_exchange(sequence, 0, Ordering::SeqCst, Ordering::SeqCst).is_ok()
             {
                 (timer.callback)(at);
             }
@@ -291,6 +297,29 @@ mod tests {
         }
         assert!(timers.heap.lock().unwrap().entries.len() <= SWEEP_AT + 1);
         assert_eq!(timers.next_deadline(), Some(100_999));
+        for i in 0..100_000 {
+            t.arm(1000 + i % 2);
+        }
+        assert!(timers.heap.lock().unwrap().entries.len() <= SWEEP_AT + 1);
+        assert_eq!(t.deadline(), Some(1001));
+    }
+
+    #[test]
+    fn a_timer_rearmed_for_the_same_moment_fires_once_and_never_means_never() {
+        let clock = VirtualClock::new(0, 1000);
+        let timers = Timers::new(clock.clone());
+        let count = Arc::new(AtomicU64::new(0));
+        let c = count.clone();
+        let t = timers.timer(move |_| {
+            c.fetch_add(1, Ordering::SeqCst);
+        });
+        t.arm(10);
+        t.arm(10);
+        clock.advance(10);
+        assert_eq!(timers.expire(), None);
+        assert_eq!((count.load(Ordering::SeqCst), t.deadline()), (1, None));
+        t.arm(u64::MAX);
+        assert_eq!(timers.next_deadline(), None);
     }
 
     #[test]

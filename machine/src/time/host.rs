@@ -66,26 +66,31 @@ impl HostClock {
         (khz.saturating_add(500) / 1000).clamp(100, 100_000) * 1000
     }
 
-    fn change(&self, change: impl FnOnce(bool, u64) -> Option<(bool, u64)>) {
+    /// Runs `change` on (paused, base) while readers wait; what it returns is stored. The host's clock must be
+    /// read inside: a reading from before readers wait would be older than what they have been told.
+    fn change(&self, change: impl FnOnce(bool, u64) -> (bool, u64)) {
         let _one: MutexGuard<'_, ()> = self.changes.lock().unwrap_or_else(|e| e.into_inner());
-        let now = (self.paused.load(Ordering::Relaxed), self.base.load(Ordering::Relaxed));
-        if let Some((paused, base)) = change(now.0, now.1) {
-            self.sequence.fetch_add(1, Ordering::Relaxed);
-            fence(Ordering::SeqCst);
-            self.paused.store(paused, Ordering::Relaxed);
-            self.base.store(base, Ordering::Relaxed);
-            self.sequence.fetch_add(1, Ordering::Release);
-        }
+        self.sequence.fetch_add(1, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+        let (paused, base) = change(self.paused.load(Ordering::Relaxed), self.base.load(Ordering::Relaxed));
+        self.paused.store(paused, Ordering::Relaxed);
+        self.base.store(base, Ordering::Relaxed);
+        self.sequence.fetch_add(1, Ordering::Release);
     }
 
     /// Lets time stand still. Harmless when it already does.
     pub fn pause(&self) {
-        self.change(|paused, base| (!paused).then(|| (true, base.wrapping_add(monotonic()))));
+        // A processor may look at `sequence` a moment before it reads the clock, although the program says the
+        // opposite; one microsecond covers that, and time never goes back.
+        const SLACK: u64 = 1_000;
+        self.change(|paused, base| {
+            (true, if paused { base } else { base.wrapping_add(monotonic()).wrapping_add(SLACK) })
+        });
     }
 
     /// Lets time go on from where it stood. Harmless when it runs.
     pub fn resume(&self) {
-        self.change(|paused, base| paused.then(|| (false, base.wrapping_sub(monotonic()))));
+        self.change(|paused, base| (false, if paused { base.wrapping_sub(monotonic()) } else { base }));
     }
 
     /// Whether time stands still.
@@ -97,9 +102,9 @@ impl HostClock {
     /// nothing, while the clock runs.
     pub fn set(&self, now: Nanos) -> bool {
         let mut done = false;
-        self.change(|paused, _| {
+        self.change(|paused, base| {
             done = paused;
-            paused.then_some((true, now))
+            (paused, if paused { now } else { base })
         });
         done
     }
