@@ -21,5 +21,6 @@ pub mod fpu;
 pub mod host;
 pub mod mmu;
 pub mod partition;
+mod saved_state;
 pub mod system;
 pub mod vcpu;

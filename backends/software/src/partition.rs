@@ -132,7 +132,11 @@ impl Partition for SoftwarePartition {
                 self.shared.mailboxes.len()
             )));
         }
-        Ok(SoftwareVcpu::new(Cpu::new(self.shared.clone(), index)))
+        let cpu = Cpu::new(self.shared.clone(), index).map_err(|error| BackendError::Host {
+            what: "making a vCPU",
+            source: std::io::Error::other(error),
+        })?;
+        Ok(SoftwareVcpu::new(cpu))
     }
 
     fn msi_sink(&self) -> Arc<dyn MsiSink> {

@@ -10,6 +10,7 @@ use super::tlb::{DataFill, FetchEntry, Privilege};
 use super::walk::{Page, Paging, Request, Structures, Tables, walk};
 use super::{Mmu, ViewCache};
 use crate::access::Access;
+use crate::apic;
 use crate::cpu::{Cpu, control, flag};
 use crate::exception::{Exception, Outcome};
 
@@ -198,6 +199,10 @@ impl Cpu {
         }
         self.mmu.device_touched = true;
         self.exec.leave_block();
+        if apic::owns(self, address) {
+            apic::mmio_read(self, address & 0xfff, data);
+            return;
+        }
         for (i, part) in data.chunks_mut(64).enumerate() {
             io.mmio_read(address + i as u64 * 64, part);
         }
@@ -215,6 +220,10 @@ impl Cpu {
         }
         self.mmu.device_touched = true;
         self.exec.leave_block();
+        if apic::owns(self, address) {
+            apic::mmio_write(self, address & 0xfff, data);
+            return;
+        }
         for (i, part) in data.chunks(64).enumerate() {
             io.mmio_write(address + i as u64 * 64, part);
         }

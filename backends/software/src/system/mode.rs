@@ -5,13 +5,16 @@ use std::sync::Arc;
 use atoll_machine::cpu::state::{CpuState, Segment, seg};
 
 use crate::cpu::{Cpu, Mode, XsaveArea, control, flag};
+use crate::fpu::Fpu;
+use crate::host::thunk::ThunkError;
 use crate::partition::Shared;
+use crate::system::SystemState;
 
 impl Cpu {
-    /// vCPU `index` of the machine, in its power-on state.
-    pub fn new(shared: Arc<Shared>, index: u32) -> Self {
+    /// vCPU `index` of the machine, in its power-on state. Fails when the host refuses executable memory.
+    pub fn new(shared: Arc<Shared>, index: u32) -> Result<Self, ThunkError> {
         let mailbox = &shared.mailboxes[index as usize];
-        let state = CpuState::power_on(mailbox.apic_id, index == 0, 0);
+        let state = CpuState::power_on(mailbox.apic_id, index == 0, shared.model.signature());
         let requests = mailbox.requests.clone();
         let mode = Mode {
             cpl: 0,
@@ -43,7 +46,7 @@ impl Cpu {
             dr6: state.dr6,
             dr7: state.dr7,
             pdpte: [0; 4],
-            xsave: Box::new(XsaveArea([0; XsaveArea::SIZE])),
+            xsave: Box::new(XsaveArea::import(&state.xsave)),
             activity: state.activity,
             interrupt_shadow: false,
             nmi_blocked: false,
@@ -51,16 +54,15 @@ impl Cpu {
             budget_end: u64::MAX,
             recheck: false,
             requests,
-            system: Box::default(),
+            system: Box::new(SystemState::new(&shared.model, index, mailbox.apic_id)),
             mmu: Box::default(),
             exec: Default::default(),
             code: Box::default(),
-            fpu: Box::default(),
+            fpu: Box::new(Fpu::for_model(&shared.model)?),
             shared,
         };
-        cpu.xsave.0[..576].copy_from_slice(&state.xsave);
         cpu.refresh_mode();
-        cpu
+        Ok(cpu)
     }
 
     /// Recomputes [`Cpu::mode`] from CR0, EFER, RFLAGS.VM, CS and SS. Called whenever one of them changes.
