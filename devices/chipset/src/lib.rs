@@ -6,6 +6,8 @@
 //! | [`ioapic`] | IOAPIC, 24 pins | 0xFEC00000 |
 //! | [`gsi`] | wires of devices, OR of shared ones, fan-out to PIC and IOAPIC | |
 //! | [`pit`] | 8254 timer and system control | ports 40-43, 61 |
+//! | [`rtc`] | MC146818 clock and CMOS memory | ports 70-77 |
+//! | [`uart`] | 16550A serial ports | 3F8, 2F8, 3E8, 2E8 |
 //!
 //! Ports are handed to devices as ranges of a `PortBus`; each device says which in its documentation and takes
 //! offsets from the start of its range. Interrupt lines come from [`gsi::Gsi`].
@@ -23,8 +25,10 @@ pub mod gsi;
 pub mod ioapic;
 pub mod pic;
 pub mod pit;
+pub mod rtc;
 #[cfg(test)]
 mod testing;
+pub mod uart;
 
 /// Locks `mutex`. A panic elsewhere does not make plain register values invalid.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
