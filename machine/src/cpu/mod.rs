@@ -1,5 +1,6 @@
 //! The architectural processor: its state, the named models and the topology.
 
+mod check;
 mod cpuid;
 pub mod feature;
 pub mod host;
