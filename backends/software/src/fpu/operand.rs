@@ -1,0 +1,72 @@
+//! Operands of vector and x87 instructions: effective addresses, alignment, reads and writes.
+
+use atoll_machine::backend::CpuIo;
+use iced_x86::Instruction;
+
+use crate::access::Access;
+use crate::cpu::{Cpu, control, flag};
+use crate::exception::{Exception, Outcome, vector};
+use crate::execute::operand::address_size;
+pub(super) use crate::execute::operand::read_register as gpr;
+
+/// Segment and offset of the instruction's memory operand, truncated to the address size.
+pub(super) fn effective_address(cpu: &Cpu, instruction: &Instruction) -> (usize, u64) {
+    // Operand 0 names the implicit destination of the byte-masked moves; for all others the index is not used.
+    crate::execute::operand::effective_address(cpu, instruction, 0)
+}
+
+/// Cuts an offset to the instruction's address size.
+pub(super) fn truncate(cpu: &Cpu, instruction: &Instruction, offset: u64) -> u64 {
+    match address_size(cpu, instruction) {
+        2 => offset & 0xffff,
+        4 => offset & 0xffff_ffff,
+        _ => offset,
+    }
+}
+
+/// Linear address of the memory operand of `size` bytes; `align` above 1 raises #GP on a misaligned one.
+pub(super) fn linear(
+    cpu: &Cpu,
+    instruction: &Instruction,
+    size: u64,
+    align: u64,
+    access: Access,
+) -> Outcome<u64> {
+    let (segment, offset) = effective_address(cpu, instruction);
+    let linear = cpu.linear(segment, offset, size, access)?;
+    if align > 1 && linear & (align - 1) != 0 {
+        return Err(Exception::GP0);
+    }
+    if cpu.cr0 & control::CR0_AM != 0 && cpu.rflags & flag::AC != 0 && cpu.mode.cpl == 3 {
+        let natural = if size == 10 { 8 } else { size };
+        if natural.is_power_of_two() && natural <= 8 && linear & (natural - 1) != 0 {
+            return Err(Exception::with_code(vector::AC, 0));
+        }
+    }
+    Ok(linear)
+}
+
+/// Reads the memory operand.
+pub(super) fn read<const N: usize>(
+    cpu: &mut Cpu,
+    io: &dyn CpuIo,
+    instruction: &Instruction,
+    align: u64,
+) -> Outcome<[u8; N]> {
+    let address = linear(cpu, instruction, N as u64, align, Access::Read)?;
+    let mut data = [0; N];
+    cpu.read_bytes(io, address, &mut data, Access::Read)?;
+    Ok(data)
+}
+
+/// Writes the memory operand.
+pub(super) fn write(
+    cpu: &mut Cpu,
+    io: &dyn CpuIo,
+    instruction: &Instruction,
+    align: u64,
+    data: &[u8],
+) -> Outcome {
+    let address = linear(cpu, instruction, data.len() as u64, align, Access::Write)?;
+    cpu.write_bytes(io, address, data, Access::Write)
+}
