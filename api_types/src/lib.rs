@@ -10,4 +10,6 @@ mod vm_spec;
 
 pub use size::{ByteSize, ParseSizeError};
 pub use topology::{CpuTopology, ParseTopologyError};
-pub use vm_spec::{Accelerator, BootSpec, DiskSpec, OnCrash, ParseDiskError, VmSpec};
+pub use vm_spec::{
+    Accelerator, BootSpec, DEFAULT_CPU, DEFAULT_MEMORY, DiskSpec, OnCrash, ParseDiskError, VmSpec,
+};

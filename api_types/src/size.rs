@@ -46,10 +46,7 @@ impl FromStr for ByteSize {
                 UNITS.iter().find(|(l, _)| *l == letter).ok_or_else(malformed)?.1
             }
         };
-        number
-            .checked_mul(1 << shift)
-            .map(Self)
-            .ok_or_else(|| ParseSizeError::TooLarge(text.to_owned()))
+        number.checked_mul(1 << shift).map(Self).ok_or_else(|| ParseSizeError::TooLarge(text.to_owned()))
     }
 }
 

@@ -1,1 +1,33 @@
-//! atoll-vmm
+//! One virtual machine: built from its description, driven, and ended.
+//!
+//! ```text
+//! VmSpec ──prepare──► Vm (files opened, everything checked, nothing started)
+//!                      │ start
+//!                      ▼
+//!   driver thread ── owns the machine; requests queue up and it decides them (driver.rs)
+//!      │ builds                           ▲ MachineRequest (reset, power off, crash)
+//!      ▼                                  │
+//!   Machine ── vCPU threads (vcpu_thread.rs) ── buses (io.rs) ── devices
+//!      └────── device thread: timers and host events (device_thread.rs)
+//! ```
+//!
+//! A reset builds a new machine over the same memory, disks and consoles, so every device starts from its
+//! power-on state by construction. Nothing here is asynchronous or knows of other machines.
+
+#![forbid(unsafe_code)]
+
+mod boot;
+mod config;
+mod console;
+mod device_thread;
+mod driver;
+mod error;
+mod io;
+mod machine;
+mod models;
+mod vcpu_thread;
+
+pub use console::ConsoleId;
+pub use driver::{RunEnd, Vm, VmHandle, VmOutputs};
+pub use error::VmError;
+pub use models::{ModelInfo, cpu_models};

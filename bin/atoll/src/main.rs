@@ -1,1 +1,67 @@
-fn main() {}
+//! `atoll`, the one binary. Each verb is a file under `commands/`.
+//!
+//! Exit codes: 0 the guest powered off; 1 something of ours failed; 2 wrong usage or input, nothing started;
+//! 3 the guest crashed; 130 ended by the user; a kernel that is a test chooses its own (`--debug-exit`).
+
+#![forbid(unsafe_code)]
+
+mod commands;
+mod console;
+mod failure;
+
+use clap::{Parser, Subcommand};
+
+use failure::Failure;
+
+#[derive(Parser)]
+#[command(
+    name = "atoll",
+    version,
+    about = "Runs virtual machines, with or without hardware virtualization",
+    subcommand_required = true,
+    arg_required_else_help = true,
+    disable_help_subcommand = true
+)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Run a virtual machine in this terminal
+    Run(commands::run::Args),
+    /// List the CPU models and whether this host can give them
+    Cpus(commands::cpus::Args),
+}
+
+fn main() -> std::process::ExitCode {
+    let cli = Cli::parse();
+    init_logging();
+    let result = match cli.verb {
+        Verb::Run(args) => commands::run::run(args),
+        Verb::Cpus(args) => commands::cpus::run(&args),
+    };
+    match result {
+        Ok(code) => code.into(),
+        Err(failure) => {
+            eprintln!("atoll: {failure}");
+            failure.exit_code().into()
+        }
+    }
+}
+
+/// Our own log goes to standard error, warnings and worse unless `ATOLL_LOG` says otherwise (`ATOLL_LOG=debug`).
+fn init_logging() {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("ATOLL_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(|| console::RawStderr)
+        .with_target(false)
+        .without_time()
+        .init();
+}
+
+/// The result of a verb: the process's exit code, or why it could not do its work.
+pub(crate) type VerbResult = Result<u8, Failure>;

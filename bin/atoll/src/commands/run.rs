@@ -1,0 +1,219 @@
+//! `atoll run`: a machine in the foreground of this terminal.
+
+use std::path::PathBuf;
+use std::sync::mpsc;
+
+use atoll_api_types::{Accelerator, BootSpec, ByteSize, CpuTopology, DiskSpec, OnCrash, VmSpec};
+use atoll_foundation::signals::{Signal, Signals};
+use atoll_foundation::terminal;
+use atoll_foundation::{EventLoop, Interest};
+use atoll_vmm::{ConsoleId, RunEnd, Vm, VmHandle, VmOutputs};
+
+use crate::VerbResult;
+use crate::commands::quick_start;
+use crate::console::{Console, UserRequest};
+use crate::failure::Failure;
+
+const EXAMPLES: &str = "\
+Examples:
+  atoll run
+      a shell in a fresh Linux, nothing to prepare
+  atoll run --kernel vmlinuz --initrd initrd.img --append console=ttyS0
+  atoll run disk.img --kernel vmlinuz --append 'console=ttyS0 root=/dev/vda'
+
+In a terminal, Ctrl-C goes to the guest; Ctrl-A x ends the machine, and
+Ctrl-A h lists the other keys. Signals (INT, TERM, HUP) from outside press the
+power button the first time and end the machine the second time.
+
+Exit codes: 0 powered off, or rebooted with --no-reboot; 1 the host failed;
+2 wrong usage or input; 3 the guest crashed; 130 ended by the user.";
+
+#[derive(clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Args {
+    /// First disk of the machine: a raw image or a block device; needs --kernel
+    image: Option<DiskSpec>,
+
+    /// Kernel to start: Linux bzImage, PVH or plain ELF, Multiboot 1
+    #[arg(long, value_name = "FILE", help_heading = "Boot")]
+    kernel: Option<PathBuf>,
+    /// Initial RAM disk
+    #[arg(long, value_name = "FILE", requires = "kernel", help_heading = "Boot")]
+    initrd: Option<PathBuf>,
+    /// Kernel command line (without --kernel: added to the quick start's)
+    #[arg(long, value_name = "TEXT", help_heading = "Boot")]
+    append: Option<String>,
+
+    /// Processors: a number, or sockets=S,cores=C,threads=T
+    #[arg(long, value_name = "N", default_value = "1", help_heading = "Machine")]
+    cpus: CpuTopology,
+    /// RAM
+    #[arg(long, value_name = "SIZE", default_value = "512M", help_heading = "Machine")]
+    memory: ByteSize,
+    /// Disk: PATH[,readonly]; may be given several times
+    #[arg(long = "disk", value_name = "DISK", help_heading = "Machine")]
+    disks: Vec<DiskSpec>,
+    /// CPU model; `atoll cpus` lists them
+    #[arg(long, value_name = "MODEL", default_value = atoll_api_types::DEFAULT_CPU, help_heading = "Machine")]
+    cpu: String,
+    /// What executes the guest's instructions
+    #[arg(long, value_name = "WHICH", default_value = "auto", help_heading = "Machine")]
+    accel: AcceleratorArg,
+    /// Name of the machine
+    #[arg(long, default_value = "vm", help_heading = "Machine")]
+    name: String,
+
+    /// What a crash of the guest leads to
+    #[arg(long, value_name = "WHAT", default_value = "exit", help_heading = "Lifecycle")]
+    on_crash: OnCrashArg,
+    /// A reboot of the guest ends the run
+    #[arg(long, help_heading = "Lifecycle")]
+    no_reboot: bool,
+    /// Port 0xf4 ends the run with exit code 2 * value + 1: for kernels that are tests
+    #[arg(long, help_heading = "Lifecycle")]
+    debug_exit: bool,
+    /// Print how the run ended as one line of JSON on standard error
+    #[arg(long, help_heading = "Lifecycle")]
+    json: bool,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum AcceleratorArg {
+    Auto,
+    Kvm,
+    Software,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum OnCrashArg {
+    Exit,
+    Reset,
+}
+
+impl Args {
+    fn into_spec(self) -> Result<VmSpec, Failure> {
+        let boot = match (self.kernel, &self.image) {
+            (None, Some(image)) => {
+                return Err(Failure::input(format_args!(
+                    "{}: booting from a disk needs firmware, which this version does not have yet; add --kernel FILE \
+                     (and --append 'root=/dev/vda ...')",
+                    image.path.display()
+                )));
+            }
+            (None, None) => quick_start::boot(self.append.as_deref())?,
+            (kernel, _) => BootSpec { kernel, initrd: self.initrd, append: self.append.unwrap_or_default() },
+        };
+        Ok(VmSpec {
+            accel: match self.accel {
+                AcceleratorArg::Auto => Accelerator::Auto,
+                AcceleratorArg::Kvm => Accelerator::Kvm,
+                AcceleratorArg::Software => Accelerator::Software,
+            },
+            cpu: self.cpu,
+            cpus: self.cpus,
+            memory: self.memory,
+            boot,
+            disks: self.image.into_iter().chain(self.disks).collect(),
+            on_crash: match self.on_crash {
+                OnCrashArg::Exit => OnCrash::Exit,
+                OnCrashArg::Reset => OnCrash::Reset,
+            },
+            no_reboot: self.no_reboot,
+            debug_exit: self.debug_exit,
+            ..VmSpec::named(self.name)
+        })
+    }
+}
+
+/// What ends the wait of the main thread.
+enum Event {
+    Ended(RunEnd),
+    Quit,
+}
+
+pub(crate) fn run(args: Args) -> VerbResult {
+    let json = args.json;
+    // Everything that can be wrong with the input is found here, before a thread or a file is made.
+    let vm = Vm::prepare(&args.into_spec()?)?;
+    let summary = vm.summary();
+    let signals =
+        Signals::block(&[Signal::Interrupt, Signal::Terminate, Signal::HangUp, Signal::WindowChange])?;
+    let console = Console::new()?;
+    let raw = console.raw_mode()?;
+    if raw.is_some() {
+        eprint!("atoll: {summary}; Ctrl-A x ends it, Ctrl-A h helps\r\n");
+    }
+    let (events, ended) = mpsc::channel();
+    let handle = vm.start(VmOutputs {
+        serial: Box::new(console.sink(ConsoleId::Serial)),
+        virtio: Box::new(console.sink(ConsoleId::Virtio)),
+        rebooted: Box::new(console.rebooted()),
+        ended: {
+            let events = events.clone();
+            Box::new(move |end| {
+                let _ = events.send(Event::Ended(end));
+            })
+        },
+    })?;
+    announce_window_size(&handle);
+    {
+        let (events, handle) = (events.clone(), handle.clone());
+        console.read_input(handle.clone(), raw.is_some(), move |request| match request {
+            UserRequest::Quit => drop(events.send(Event::Quit)),
+            UserRequest::PowerButton => handle.power_button(),
+        })?;
+    }
+    watch_signals(signals, handle.clone(), events)?;
+    let end = match ended.recv() {
+        Ok(Event::Ended(end)) => end,
+        Ok(Event::Quit) | Err(_) => {
+            handle.stop();
+            RunEnd::Stopped
+        }
+    };
+    console.finish();
+    drop(raw);
+    report(&end, json)
+}
+
+/// The guest's virtio console has the size of our terminal.
+fn announce_window_size(handle: &VmHandle) {
+    if let Some(size) = terminal::window_size(std::io::stdout()) {
+        handle.console_resized(size.columns, size.rows);
+    }
+}
+
+/// The first SIGINT, SIGTERM or SIGHUP presses the power button, the second ends the machine.
+fn watch_signals(signals: Signals, handle: VmHandle, events: mpsc::Sender<Event>) -> Result<(), Failure> {
+    let mut event_loop = EventLoop::new()?;
+    let signals = std::sync::Arc::new(signals);
+    let source = signals.clone();
+    let mut pressed = false;
+    event_loop.handle().register(source, Interest::READ, move |_| {
+        while let Ok(Some(received)) = signals.next() {
+            match received.signal {
+                Signal::WindowChange => announce_window_size(&handle),
+                _ if pressed => drop(events.send(Event::Quit)),
+                _ => {
+                    pressed = true;
+                    handle.power_button();
+                    eprint!("atoll: pressed the guest's power button; a second signal ends the machine\r\n");
+                }
+            }
+        }
+    })?;
+    atoll_foundation::threads::spawn("signals", move || event_loop.run())?;
+    Ok(())
+}
+
+/// Says how the run ended and gives the exit code.
+fn report(end: &RunEnd, json: bool) -> VerbResult {
+    if json {
+        let line =
+            serde_json::json!({ "end": end.name(), "detail": end.detail(), "exit_code": end.exit_code() });
+        eprintln!("{line}");
+    } else if let Some(detail) = end.detail() {
+        eprintln!("atoll: {detail}");
+    }
+    Ok(end.exit_code())
+}

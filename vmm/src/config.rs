@@ -1,0 +1,246 @@
+//! The machine as it will be built: the user's description, checked, with its files open.
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use atoll_api_types::{Accelerator, ByteSize, OnCrash, VmSpec};
+use atoll_firmware::layout::{self, AddressMap};
+use atoll_machine::cpu::topology::{MAX_CPUS, Topology};
+use atoll_machine::memory::RamBlock;
+use atoll_storage::{Disk, OpenOptions, RawDisk};
+
+use crate::error::VmError;
+use crate::{boot, machine, models};
+
+/// Most bytes of a kernel file: larger than any distribution's, smaller than a mistaken disk image.
+const MAX_KERNEL: u64 = 512 << 20;
+/// Most bytes of an initial RAM disk.
+const MAX_INITRD: u64 = 4 << 30;
+
+/// What the boot loader puts into memory. Read once: a reboot starts the same kernel.
+pub(crate) struct BootFiles {
+    pub(crate) kernel_path: PathBuf,
+    pub(crate) kernel: Vec<u8>,
+    pub(crate) initrd: Option<Vec<u8>>,
+    pub(crate) append: String,
+}
+
+/// One disk, open and locked.
+pub(crate) struct DiskConfig {
+    pub(crate) disk: Arc<dyn Disk>,
+    /// Serial number that the guest reads, at most 20 bytes.
+    pub(crate) serial: String,
+}
+
+/// A machine that can be built.
+pub(crate) struct Config {
+    pub(crate) name: String,
+    pub(crate) model: Arc<atoll_machine::cpu::model::CpuModel>,
+    pub(crate) topology: Topology,
+    pub(crate) map: AddressMap,
+    pub(crate) ram: Arc<RamBlock>,
+    pub(crate) boot: BootFiles,
+    pub(crate) disks: Vec<DiskConfig>,
+    pub(crate) on_crash: OnCrash,
+    pub(crate) no_reboot: bool,
+    pub(crate) debug_exit: bool,
+    pub(crate) uuid: [u8; 16],
+}
+
+impl Config {
+    /// Checks `spec` and opens what it names. What can be wrong is found here, before anything is started.
+    pub(crate) fn from_spec(spec: &VmSpec) -> Result<Self, VmError> {
+        check_name(&spec.name)?;
+        check_accelerator(spec.accel)?;
+        let topology = topology(spec)?;
+        let map = memory_map(spec.memory)?;
+        let uuid = uuid_of(&spec.name);
+        let boot = boot_files(spec)?;
+        let model = models::resolve(&spec.cpu)?;
+        check_host_memory(spec.memory)?;
+        if spec.disks.len() > machine::MAX_DISKS {
+            return Err(VmError::Disks { asked: spec.disks.len(), max: machine::MAX_DISKS });
+        }
+        boot::check(&boot, &machine::tables(&map, topology, uuid))?;
+        let disks = spec.disks.iter().enumerate().map(open_disk).collect::<Result<_, _>>()?;
+        let ram = RamBlock::new_shared("ram", map.memory())
+            .map_err(|e| VmError::Memory(format!("cannot make {} of guest memory: {e}", spec.memory)))?;
+        Ok(Self {
+            name: spec.name.clone(),
+            model: Arc::new(model),
+            topology,
+            map,
+            ram,
+            boot,
+            disks,
+            on_crash: spec.on_crash,
+            no_reboot: spec.no_reboot,
+            debug_exit: spec.debug_exit,
+            uuid,
+        })
+    }
+
+    /// The machine in one line.
+    pub(crate) fn summary(&self) -> String {
+        let cpus = self.topology.cpus();
+        format!(
+            "machine {}: {cpus} CPU{} ({}, software), {} of memory, {} disk{}",
+            self.name,
+            if cpus == 1 { "" } else { "s" },
+            self.model.name,
+            ByteSize(self.map.memory()),
+            self.disks.len(),
+            if self.disks.len() == 1 { "" } else { "s" },
+        )
+    }
+}
+
+fn check_name(name: &str) -> Result<(), VmError> {
+    let fits = (1..=64).contains(&name.len())
+        && !name.starts_with(['.', '-'])
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
+    if fits { Ok(()) } else { Err(VmError::Name(name.to_owned())) }
+}
+
+fn check_accelerator(accel: Accelerator) -> Result<(), VmError> {
+    match accel {
+        Accelerator::Auto | Accelerator::Software => Ok(()),
+        Accelerator::Kvm => Err(VmError::Accelerator(
+            "--accel kvm: this version has no KVM backend yet; use --accel auto or software".to_owned(),
+        )),
+    }
+}
+
+fn topology(spec: &VmSpec) -> Result<Topology, VmError> {
+    let asked = spec.cpus.total();
+    if asked == 0 || asked > u64::from(MAX_CPUS) {
+        return Err(VmError::Cpus { asked, max: MAX_CPUS });
+    }
+    let topology =
+        Topology { sockets: spec.cpus.sockets, cores: spec.cpus.cores, threads: spec.cpus.threads };
+    // Sparse APIC ids of an odd topology may pass what xAPIC can address.
+    if topology.apic_id(topology.cpus() - 1) >= MAX_CPUS {
+        return Err(VmError::Cpus { asked, max: MAX_CPUS });
+    }
+    Ok(topology)
+}
+
+fn memory_map(memory: ByteSize) -> Result<AddressMap, VmError> {
+    AddressMap::new(memory.0, memory.0).map_err(|_| {
+        VmError::Memory(format!(
+            "{memory} of memory: expected a multiple of {}, from {} to {}",
+            ByteSize(layout::MEMORY_GRANULE),
+            ByteSize(layout::MIN_MEMORY),
+            ByteSize(layout::MAX_MEMORY)
+        ))
+    })
+}
+
+fn check_host_memory(memory: ByteSize) -> Result<(), VmError> {
+    let host =
+        atoll_foundation::host::memory().map_err(VmError::host("cannot read the host's memory size"))?;
+    if memory.0 > host.usable() {
+        return Err(VmError::Memory(format!(
+            "{memory} of memory asked for, but this host can give at most {}M; choose less with --memory",
+            host.usable() >> 20
+        )));
+    }
+    Ok(())
+}
+
+fn boot_files(spec: &VmSpec) -> Result<BootFiles, VmError> {
+    let kernel_path = spec.boot.kernel.clone().ok_or(VmError::NothingToBoot)?;
+    let kernel = read_file("kernel", &kernel_path, MAX_KERNEL)?;
+    let initrd = spec.boot.initrd.as_ref().map(|path| read_file("initrd", path, MAX_INITRD)).transpose()?;
+    Ok(BootFiles { kernel_path, kernel, initrd, append: spec.boot.append.clone() })
+}
+
+fn read_file(what: &'static str, path: &Path, max: u64) -> Result<Vec<u8>, VmError> {
+    let wrong = |why: String| VmError::File { what, path: path.to_owned(), why };
+    let meta = std::fs::metadata(path).map_err(|e| wrong(explain(&e)))?;
+    if meta.is_dir() {
+        return Err(wrong("is a directory; expected a file".to_owned()));
+    }
+    if meta.len() > max {
+        return Err(wrong(format!("has {} bytes, more than the {} that fit", meta.len(), ByteSize(max))));
+    }
+    let mut file = std::fs::File::open(path).map_err(|e| wrong(explain(&e)))?;
+    let mut bytes = Vec::with_capacity(meta.len() as usize);
+    file.by_ref().take(max + 1).read_to_end(&mut bytes).map_err(|e| wrong(explain(&e)))?;
+    match bytes.len() as u64 {
+        0 => Err(wrong("is empty".to_owned())),
+        len if len > max => Err(wrong(format!("is larger than the {} that fit", ByteSize(max)))),
+        _ => Ok(bytes),
+    }
+}
+
+/// The host's error in words that say what to do.
+fn explain(error: &std::io::Error) -> String {
+    match error.kind() {
+        std::io::ErrorKind::NotFound => "no such file; check the path".to_owned(),
+        std::io::ErrorKind::PermissionDenied => {
+            "permission denied; make it readable for this user".to_owned()
+        }
+        _ => error.to_string(),
+    }
+}
+
+fn open_disk((index, spec): (usize, &atoll_api_types::DiskSpec)) -> Result<DiskConfig, VmError> {
+    let options = OpenOptions { read_only: spec.readonly };
+    let disk = RawDisk::open(&spec.path, options).map_err(|e| VmError::Disk(e.to_string()))?;
+    Ok(DiskConfig { disk: Arc::new(disk), serial: format!("disk{index}") })
+}
+
+/// A stable UUID (version 8, RFC 9562) made from the machine's name, so that a guest sees the same machine
+/// at every start.
+fn uuid_of(name: &str) -> [u8; 16] {
+    // FNV-1a with two offsets; identity, not security.
+    let hash = |mut h: u64| {
+        for byte in name.bytes() {
+            h = (h ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
+        }
+        h
+    };
+    let mut uuid = [0; 16];
+    uuid[..8].copy_from_slice(&hash(0xcbf2_9ce4_8422_2325).to_be_bytes());
+    uuid[8..].copy_from_slice(&hash(0x6c62_272e_07bb_0142).to_be_bytes());
+    uuid[6] = uuid[6] & 0x0f | 0x80;
+    uuid[8] = uuid[8] & 0x3f | 0x80;
+    uuid
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_that_could_be_options_or_paths_are_refused() {
+        for name in ["vm", "a.b-c_9", "Z"] {
+            assert!(check_name(name).is_ok(), "{name}");
+        }
+        for name in ["", "-x", ".hidden", "a/b", "ü", "a b", &"x".repeat(65)] {
+            assert!(matches!(check_name(name), Err(VmError::Name(_))), "{name}");
+        }
+    }
+
+    #[test]
+    fn the_same_name_gives_the_same_uuid_and_another_name_another() {
+        assert_eq!(uuid_of("a"), uuid_of("a"));
+        assert_ne!(uuid_of("a"), uuid_of("b"));
+        assert_eq!(uuid_of("a")[6] >> 4, 8);
+    }
+
+    #[test]
+    fn wrong_sizes_and_counts_are_one_clear_line() {
+        let mut spec = VmSpec::named("t");
+        spec.boot.kernel = Some("/dev/null".into());
+        spec.memory = ByteSize(1000);
+        assert!(matches!(Config::from_spec(&spec), Err(VmError::Memory(_))));
+        spec.memory = ByteSize(512 << 20);
+        spec.cpus.cores = 256;
+        assert!(matches!(Config::from_spec(&spec), Err(VmError::Cpus { asked: 256, .. })));
+        spec.cpus.cores = 1;
+        assert!(matches!(Config::from_spec(&spec), Err(VmError::File { what: "kernel", .. })));
+    }
+}

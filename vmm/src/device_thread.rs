@@ -1,0 +1,73 @@
+//! The thread on which a machine's timers expire and its devices hear from the host.
+
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use atoll_foundation::timerfd::TimerFd;
+use atoll_foundation::{EventLoop, EventLoopHandle, Interest};
+use atoll_machine::time::Timers;
+
+use crate::error::VmError;
+
+/// An event loop that also expires [`Timers`]. Dropping it stops and joins the thread.
+pub(crate) struct DeviceThread {
+    handle: EventLoopHandle,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl DeviceThread {
+    /// Starts the thread.
+    pub(crate) fn start(timers: &Arc<Timers>) -> Result<Self, VmError> {
+        let mut event_loop = EventLoop::new().map_err(VmError::host("cannot make the device event loop"))?;
+        let handle = event_loop.handle();
+        let timerfd = Arc::new(TimerFd::new().map_err(VmError::host("cannot make a host timer"))?);
+        let expire = {
+            let (timers, timerfd) = (timers.clone(), timerfd.clone());
+            move || {
+                let next = timers.expire();
+                let delay = next.and_then(|at| timers.clock().host_delay(at));
+                // Zero would disarm the host's timer.
+                let armed = match delay {
+                    Some(delay) => timerfd.arm_after(delay.max(Duration::from_nanos(1))),
+                    None => timerfd.disarm(),
+                };
+                if let Err(error) = armed {
+                    atoll_foundation::log_limited!(error, "cannot arm the device timer: {error}");
+                }
+            }
+        };
+        {
+            let (expire, source) = (expire.clone(), timerfd.clone());
+            handle
+                .register(source, Interest::READ, move |_| {
+                    timerfd.drain();
+                    expire();
+                })
+                .map_err(VmError::host("cannot watch the device timer"))?;
+        }
+        {
+            let handle = handle.clone();
+            timers.set_wake(Arc::new(move || {
+                let expire = expire.clone();
+                handle.post(expire);
+            }));
+        }
+        let thread = atoll_foundation::threads::spawn("devices", move || {
+            if let Err(error) = event_loop.run() {
+                tracing::error!("the device event loop ended: {error}");
+            }
+        })
+        .map_err(VmError::host("cannot start the device thread"))?;
+        Ok(Self { handle, thread: Some(thread) })
+    }
+}
+
+impl Drop for DeviceThread {
+    fn drop(&mut self) {
+        self.handle.stop();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}

@@ -1,0 +1,323 @@
+//! The driver: one thread owns a machine, everything asked of it queues up, and it decides.
+//!
+//! ```text
+//!  Prepared ──start──► Running ──PowerOff, GuestPanic, TripleFault, DebugExit, stop──► Ended
+//!                       ▲   │
+//!                       └───┘ Reset (unless no_reboot), crash with on_crash = reset:
+//!                             a new machine over the same memory, disks and consoles
+//! ```
+//!
+//! Requests that arrive for a machine that was already torn down by a reset are dropped: each machine's
+//! requests carry its incarnation.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use atoll_api_types::{OnCrash, VmSpec};
+use atoll_cpu_software::partition::SoftwareBackend;
+use atoll_machine::control::{MachineControl, MachineRequest};
+
+use crate::config::Config;
+use crate::console::ConsoleId;
+use crate::error::VmError;
+use crate::machine::{Machine, MachineInputs};
+
+/// How a run ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RunEnd {
+    /// The guest powered off.
+    PoweredOff,
+    /// The guest asked for a reboot and `no_reboot` is set.
+    Rebooted,
+    /// The guest crashed; the text says how.
+    Crashed(String),
+    /// The debug-exit port was written.
+    DebugExit(u32),
+    /// Ended from outside.
+    Stopped,
+    /// Atoll or the host failed.
+    Failed(String),
+}
+
+impl RunEnd {
+    /// One word for programs.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::PoweredOff => "powered-off",
+            Self::Rebooted => "rebooted",
+            Self::Crashed(_) => "crashed",
+            Self::DebugExit(_) => "debug-exit",
+            Self::Stopped => "stopped",
+            Self::Failed(_) => "failed",
+        }
+    }
+
+    /// A line for people, where there is something to say.
+    pub fn detail(&self) -> Option<&str> {
+        match self {
+            Self::Crashed(why) | Self::Failed(why) => Some(why),
+            _ => None,
+        }
+    }
+
+    /// The exit code of a process that ran the machine. A debug exit gives `2 * value + 1`, as test kernels
+    /// know it from other machines.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::PoweredOff | Self::Rebooted => 0,
+            Self::Failed(_) => 1,
+            Self::Crashed(_) => 3,
+            Self::DebugExit(value) => (value << 1 | 1) as u8,
+            Self::Stopped => 130,
+        }
+    }
+}
+
+/// Where a machine's output and news go. The functions run on the machine's threads.
+pub struct VmOutputs {
+    /// What the serial port prints.
+    pub serial: Box<dyn Fn(&[u8]) + Send + Sync>,
+    /// What the virtio console prints.
+    pub virtio: Box<dyn Fn(&[u8]) + Send + Sync>,
+    /// The machine was reset.
+    pub rebooted: Box<dyn Fn() + Send>,
+    /// The run is over. Called once.
+    pub ended: Box<dyn FnOnce(RunEnd) + Send>,
+}
+
+enum Message {
+    /// From the machine of this incarnation.
+    Request(u64, MachineRequest),
+    PowerButton,
+    Stop,
+}
+
+/// A machine that is checked and ready to start: its files are open, its images locked.
+pub struct Vm {
+    config: Config,
+}
+
+impl Vm {
+    /// Opens and checks everything that `spec` names. Nothing is written and no thread is started.
+    pub fn prepare(spec: &VmSpec) -> Result<Self, VmError> {
+        Ok(Self { config: Config::from_spec(spec)? })
+    }
+
+    /// The machine in one line.
+    pub fn summary(&self) -> String {
+        self.config.summary()
+    }
+
+    /// Builds the machine and lets it run on threads of its own.
+    pub fn start(self, outputs: VmOutputs) -> Result<VmHandle, VmError> {
+        let (sender, receiver) = mpsc::channel();
+        let shared = Arc::new(Shared {
+            messages: sender,
+            inputs: Mutex::new(None),
+            window: Mutex::new(None),
+            ended: AtomicBool::new(false),
+        });
+        let VmOutputs { serial, virtio, rebooted, ended } = outputs;
+        let mut driver = Driver {
+            config: self.config,
+            shared: shared.clone(),
+            serial: serial.into(),
+            virtio: virtio.into(),
+            rebooted,
+            incarnation: 0,
+        };
+        // The first machine is built here, so that what cannot be built is an error of this call.
+        let machine = driver.build()?;
+        let driving = shared.clone();
+        let thread = move || {
+            let end = driver.drive(machine, &receiver);
+            driving.ended.store(true, Ordering::SeqCst);
+            ended(end);
+        };
+        atoll_foundation::threads::spawn("driver", thread)
+            .map_err(VmError::host("cannot start the driver thread"))?;
+        Ok(VmHandle { shared })
+    }
+}
+
+struct Shared {
+    messages: Sender<Message>,
+    /// The inputs of the machine that runs now.
+    inputs: Mutex<Option<MachineInputs>>,
+    /// Columns and rows last announced, for the next incarnation's console.
+    window: Mutex<Option<(u16, u16)>>,
+    ended: AtomicBool,
+}
+
+/// The outside's end of a running machine.
+#[derive(Clone)]
+pub struct VmHandle {
+    shared: Arc<Shared>,
+}
+
+impl VmHandle {
+    /// Types `data` at console `id`; returns how many bytes the console took.
+    pub fn console_input(&self, id: ConsoleId, data: &[u8]) -> usize {
+        let inputs = self.shared.inputs.lock().unwrap_or_else(PoisonError::into_inner);
+        inputs.as_ref().map_or(0, |inputs| inputs.console_input(id, data))
+    }
+
+    /// Tells the virtio console the size of the window behind it.
+    pub fn console_resized(&self, columns: u16, rows: u16) {
+        *self.shared.window.lock().unwrap_or_else(PoisonError::into_inner) = Some((columns, rows));
+        let inputs = self.shared.inputs.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(inputs) = inputs.as_ref() {
+            inputs.console_resized(columns, rows);
+        }
+    }
+
+    /// Presses the ACPI power button.
+    pub fn power_button(&self) {
+        let _ = self.shared.messages.send(Message::PowerButton);
+    }
+
+    /// Ends the run as if the plug were pulled. The end is reported as [`RunEnd::Stopped`].
+    pub fn stop(&self) {
+        let _ = self.shared.messages.send(Message::Stop);
+    }
+
+    /// Whether the run is over.
+    pub fn has_ended(&self) -> bool {
+        self.shared.ended.load(Ordering::SeqCst)
+    }
+}
+
+/// A machine's way to its driver.
+struct Requests {
+    incarnation: u64,
+    messages: Mutex<Sender<Message>>,
+}
+
+impl MachineControl for Requests {
+    fn request(&self, request: MachineRequest) {
+        let messages = self.messages.lock().unwrap_or_else(PoisonError::into_inner);
+        let _ = messages.send(Message::Request(self.incarnation, request));
+    }
+}
+
+struct Driver {
+    config: Config,
+    shared: Arc<Shared>,
+    serial: Arc<dyn Fn(&[u8]) + Send + Sync>,
+    virtio: Arc<dyn Fn(&[u8]) + Send + Sync>,
+    rebooted: Box<dyn Fn() + Send>,
+    incarnation: u64,
+}
+
+/// What a request leads to.
+enum Decision {
+    GoOn,
+    Reset,
+    End(RunEnd),
+}
+
+type SoftwareMachine = Machine<SoftwareBackend>;
+
+impl Driver {
+    /// Builds the next incarnation, loaded and ready to resume.
+    fn build(&mut self) -> Result<SoftwareMachine, VmError> {
+        self.incarnation += 1;
+        let control = Arc::new(Requests {
+            incarnation: self.incarnation,
+            messages: Mutex::new(self.shared.messages.clone()),
+        });
+        let backend = SoftwareBackend;
+        let machine =
+            Machine::build(&self.config, &backend, control, self.serial.clone(), self.virtio.clone())?;
+        machine.load(&self.config)?;
+        let inputs = machine.inputs();
+        if let Some((columns, rows)) = *self.shared.window.lock().unwrap_or_else(PoisonError::into_inner) {
+            inputs.console_resized(columns, rows);
+        }
+        *self.shared.inputs.lock().unwrap_or_else(PoisonError::into_inner) = Some(inputs);
+        Ok(machine)
+    }
+
+    fn drive(&mut self, mut machine: SoftwareMachine, messages: &Receiver<Message>) -> RunEnd {
+        machine.resume();
+        // The driver itself holds a sender, so the channel stays open.
+        while let Ok(message) = messages.recv() {
+            match self.decide(&machine, message) {
+                Decision::GoOn => {}
+                Decision::End(end) => {
+                    self.forget_inputs();
+                    return end;
+                }
+                Decision::Reset => {
+                    self.forget_inputs();
+                    drop(machine);
+                    machine = match self.build() {
+                        Ok(machine) => machine,
+                        Err(error) => return RunEnd::Failed(format!("cannot restart the machine: {error}")),
+                    };
+                    (self.rebooted)();
+                    machine.resume();
+                }
+            }
+        }
+        RunEnd::Stopped
+    }
+
+    fn forget_inputs(&self) {
+        *self.shared.inputs.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    fn decide(&self, machine: &SoftwareMachine, message: Message) -> Decision {
+        let request = match message {
+            Message::Request(incarnation, request) if incarnation == self.incarnation => request,
+            Message::Request(..) => return Decision::GoOn,
+            Message::PowerButton => {
+                machine.press_power_button();
+                return Decision::GoOn;
+            }
+            Message::Stop => return Decision::End(RunEnd::Stopped),
+        };
+        match request {
+            MachineRequest::PowerOff => Decision::End(RunEnd::PoweredOff),
+            MachineRequest::Reset if self.config.no_reboot => Decision::End(RunEnd::Rebooted),
+            MachineRequest::Reset => Decision::Reset,
+            MachineRequest::GuestPanic => self.crashed("the guest reported a panic".to_owned()),
+            MachineRequest::TripleFault { vcpu } => self.crashed(format!("triple fault on CPU {vcpu}")),
+            MachineRequest::DebugExit { value } => Decision::End(RunEnd::DebugExit(value)),
+            MachineRequest::InternalError { vcpu } => {
+                Decision::End(RunEnd::Failed(format!("CPU {vcpu} cannot continue; see the log")))
+            }
+        }
+    }
+
+    fn crashed(&self, why: String) -> Decision {
+        match self.config.on_crash {
+            OnCrash::Exit => Decision::End(RunEnd::Crashed(why)),
+            OnCrash::Reset => {
+                tracing::warn!("{why}; resetting the machine");
+                Decision::Reset
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exit_codes_are_those_that_the_documentation_promises() {
+        for (end, code) in [
+            (RunEnd::PoweredOff, 0),
+            (RunEnd::Rebooted, 0),
+            (RunEnd::Failed(String::new()), 1),
+            (RunEnd::Crashed(String::new()), 3),
+            (RunEnd::DebugExit(0), 1),
+            (RunEnd::DebugExit(0x10), 33),
+            (RunEnd::Stopped, 130),
+        ] {
+            assert_eq!(end.exit_code(), code, "{end:?}");
+        }
+    }
+}
