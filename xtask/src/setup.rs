@@ -37,7 +37,7 @@ const NEEDS: [Need; 12] = [
     wish("qemu-system-x86_64", "qemu-system-x86"),
     wish("qemu-img", "qemu-utils"),
     wish("mmdebstrap", "mmdebstrap"),
-    wish("setsid", "util-linux"),
+    wish("newuidmap", "uidmap"),
 ];
 
 /// Installs what is missing.
