@@ -13,6 +13,9 @@
 //! becomes the guest's #XM (#UD while CR4.OSXMMEXCPT is 0). x87 exceptions never signal: FXSAVE picks up the
 //! pending state, and the next waiting instruction raises #MF here (CR0.NE = 1) or sets [`Fpu::ferr`].
 //!
+//! Results that the architecture leaves to the processor (RCPPS, RSQRTPS, the last bits of x87 transcendental
+//! functions, undefined flags) are the host's.
+//!
 //! Every handler reads memory before it changes registers, and writes memory before it commits results.
 //! Decoding checks what the CPU model offers; this folder checks CR0, CR4 and XCR0.
 //! Spec: Intel SDM vol. 1 chapters 8 to 14, vol. 2; AMD APM vol. 2 11.4 for the error pointers.
@@ -75,7 +78,7 @@ impl Fpu {
 
 /// XGETBV with ECX = 1: the components of XCR0 that are not in their init configuration.
 pub fn xinuse(cpu: &Cpu) -> u64 {
-    (cpu.xsave.in_use() | state::component::X87) & cpu.xcr0
+    cpu.xsave.in_use() & cpu.xcr0
 }
 
 /// Executes one x87, MMX, SSE, AVX or state-management instruction.
@@ -112,6 +115,8 @@ pub fn execute(cpu: &mut Cpu, io: &dyn CpuIo, instruction: &Instruction) -> Outc
         M::Wait | M::Fninit | M::Fnclex | M::Fnstcw | M::Fldcw | M::Fnstsw => {
             x87_env::control(cpu, io, instruction)
         }
+        // Of the 8087 and 287 only; later units ignore them.
+        M::Fneni | M::Fndisi | M::Fnsetpm => require_x87(cpu),
         M::Fnstenv | M::Fldenv | M::Fnsave | M::Frstor => x87_env::environment(cpu, io, instruction),
         _ => compute(cpu, io, instruction),
     }

@@ -187,7 +187,7 @@ impl XsaveArea {
     /// Components that differ from their init configuration: what XGETBV(1) reports within XCR0 and what
     /// XSAVEOPT and XSAVEC write. MXCSR does not count for SSE (Intel SDM vol. 1, 13.6).
     pub fn in_use(&self) -> u64 {
-        let clear = |range: std::ops::Range<usize>| self.0[range].iter().all(|b| *b == 0);
+        let clear = |range: std::ops::Range<usize>| self.0[range].iter().fold(0, |all, b| all | b) == 0;
         let x87_init = self.fcw() == FCW_INIT && clear(2..24) && clear(offset::ST..offset::XMM);
         let sse_init = clear(offset::XMM..offset::LEGACY_END);
         let avx_init = clear(offset::YMM_HIGH..offset::END);

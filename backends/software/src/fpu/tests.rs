@@ -7,6 +7,7 @@
 
 mod faults;
 mod fixture;
+mod speed;
 mod state_images;
 mod vector_cases;
 mod x87_cases;

@@ -246,3 +246,41 @@ fn a_full_cache_is_emptied_and_goes_on() {
     assert_eq!(f.run(&[0x66, 0x0f, 0x70, 0xca, 0]), Ok(()));
     assert_eq!(f.cpu.xsave.xmm(1), 0x0403_0201_0403_0201_0403_0201_0403_0201);
 }
+
+#[test]
+fn faults_on_several_threads_stay_apart() {
+    let threads: Vec<_> = (0..4u32)
+        .map(|id| {
+            std::thread::spawn(move || {
+                let mut f = Fixture::new();
+                f.cpu.xsave.set_mxcsr(0x1d80);
+                for round in 0..200 {
+                    let numerator = u128::from(0x3f80_0000 + id * 1000 + round);
+                    f.cpu.xsave.set_xmm(1, numerator);
+                    f.cpu.xsave.set_xmm(2, 0);
+                    // divss xmm1, xmm2, then with a divisor of 1.
+                    let outcome = f.run(&[0xf3, 0x0f, 0x5e, 0xca]);
+                    assert_eq!(outcome, Err(Exception::fault(vector::XM)));
+                    f.cpu.xsave.set_xmm(2, 0x3f80_0000);
+                    assert_eq!(f.run(&[0xf3, 0x0f, 0x5e, 0xca]), Ok(()));
+                    assert_eq!(f.cpu.xsave.xmm(1), numerator);
+                }
+            })
+        })
+        .collect();
+    for thread in threads {
+        thread.join().expect("no assertion fails");
+    }
+}
+
+#[test]
+fn undocumented_and_ancient_x87_encodings_do_what_the_host_does() {
+    let mut f = Fixture::new();
+    assert_eq!(f.run(&FLD1), Ok(()));
+    // FNENI, FNDISI, FNSETPM; FFREEP ST(0); the aliases of FCOM, FXCH and FSTP.
+    let codes =
+        [[0xdb, 0xe0], [0xdb, 0xe1], [0xdb, 0xe4], [0xdf, 0xc0], [0xdc, 0xd1], [0xdd, 0xc9], [0xd9, 0xd9]];
+    for code in codes {
+        assert_eq!(f.run(&code), Ok(()), "{code:02x?}");
+    }
+}
