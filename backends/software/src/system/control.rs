@@ -244,11 +244,11 @@ pub(crate) fn execute_extended(cpu: &mut Cpu, i: &Instruction) -> Outcome {
     }
     let index = cpu.gpr[gpr::RCX] as u32;
     if i.mnemonic() == Mnemonic::Xgetbv {
-        // Register 1 is XINUSE; every enabled component is reported as in use.
         if index > 1 || index == 1 && !cpu.shared.model.has(Feature::Xgetbv1) {
             return Err(Exception::GP0);
         }
-        set_edx_eax(cpu, cpu.xcr0);
+        let value = if index == 1 { crate::fpu::xinuse(cpu) } else { cpu.xcr0 };
+        set_edx_eax(cpu, value);
         return Ok(());
     }
     let value = edx_eax(cpu);
