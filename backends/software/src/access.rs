@@ -357,6 +357,12 @@ impl Cpu {
         Ok((held, held == expected))
     }
 
+    /// Translates the byte at `linear` for reading and checks it, without an access.
+    pub(crate) fn probe_segment(&mut self, io: &dyn CpuIo, segment: usize, linear: u64) -> Outcome {
+        self.check_canonical(segment, linear, 1)?;
+        self.probe(io, linear, 1, Access::Read)
+    }
+
     /// Host address of the `count` bytes from `linear` upwards that the current privilege may read (or write),
     /// if they lie in one page of RAM whose translation is cached. A writer calls
     /// [`Cpu::stored_run`] afterwards.

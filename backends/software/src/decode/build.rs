@@ -2,7 +2,9 @@
 
 use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction};
 
-use super::{Block, Blocks, MAX_BLOCK_BYTES, MAX_BYTES, MAX_OPS, NONE, Op, PageVersion, bucket_of, select};
+use super::{
+    Block, Blocks, MAX_BLOCK_BYTES, MAX_BYTES, MAX_OPS, NONE, Op, PageVersion, bucket_of, model, select,
+};
 use crate::access::is_canonical;
 use crate::cpu::Cpu;
 use crate::exception::{Exception, Outcome};
@@ -246,9 +248,6 @@ impl Blocks {
             let too_long = exceeds_length(cpu, bytes);
             return (Op::new(if too_long { rare::too_long } else { rare::undefined }), true);
         }
-        if !select::model_allows(&cpu.shared.model, instruction) {
-            return (Op::new(rare::undefined), true);
-        }
         select::select(cpu, instruction, &mut self.instructions)
     }
 }
@@ -259,7 +258,7 @@ enum Taken {
 }
 
 fn decoder<'a>(cpu: &Cpu, bytes: &'a [u8]) -> Decoder<'a> {
-    let options = DecoderOptions::FORCE_RESERVED_NOP | select::decoder_options(&cpu.shared.model);
+    let options = DecoderOptions::FORCE_RESERVED_NOP | model::decoder_options(&cpu.shared.model);
     Decoder::new(cpu.mode.bits, bytes, options)
 }
 

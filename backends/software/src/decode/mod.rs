@@ -26,8 +26,11 @@ use crate::cpu::Cpu;
 use crate::execute::Handler;
 use crate::mmu::raw::HostAddress;
 
-pub(crate) mod build;
-pub(crate) mod select;
+mod build;
+mod model;
+mod select;
+mod select_control;
+mod select_data;
 
 /// Operations per block.
 pub(crate) const MAX_OPS: usize = 64;
@@ -211,11 +214,14 @@ fn bucket_of(host: HostAddress) -> usize {
     (host.get().wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 50) as usize & (BUCKETS - 1)
 }
 
-/// What besides the bytes decides how code is decoded: code size, stack size, and whether CPL is 3 (so that a
-/// jump table entry learned at CPL 0 does not lead user code into a supervisor page).
+/// What besides the bytes decides how code is decoded: code size, stack size, whether CPL is 3 (so that a
+/// jump table entry learned at CPL 0 does not lead user code into a supervisor page), and protected mode (VEX).
 pub(crate) fn key(cpu: &Cpu) -> u32 {
     let size = |bits: u32| bits >> 5;
-    size(cpu.mode.bits) | size(cpu.mode.stack_bits) << 2 | u32::from(cpu.mode.cpl == 3) << 4
+    size(cpu.mode.bits)
+        | size(cpu.mode.stack_bits) << 2
+        | u32::from(cpu.mode.cpl == 3) << 4
+        | u32::from(cpu.mode.protected) << 5
 }
 
 impl Blocks {

@@ -28,8 +28,16 @@ use crate::cpu::{Cpu, flag};
 use crate::decode::{Block, Blocks, Op};
 use crate::exception::{Exception, Outcome};
 
+pub(crate) mod alu;
+pub(crate) mod bits;
+pub(crate) mod branch;
+pub(crate) mod data;
+pub(crate) mod legacy;
 pub mod operand;
 pub(crate) mod rare;
+pub(crate) mod shift;
+pub(crate) mod stack;
+pub(crate) mod string;
 
 /// Why the inner loop returned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -168,7 +176,7 @@ impl Cpu {
         self.exec.code_limit = if long { u64::MAX } else { u64::from(cs.limit) };
         self.exec.rip_mask = if long { u64::MAX } else { 0xffff_ffff };
         self.exec.key = crate::decode::key(self);
-        self.exec.context = self.mmu.fetch_context() ^ u64::from(self.exec.key) << 59;
+        self.exec.context = self.mmu.fetch_context() ^ u64::from(self.exec.key) << 58;
     }
 }
 

@@ -277,3 +277,103 @@ pub(crate) fn op_linear<const A: u8>(cpu: &Cpu, op: &Op, size: u64, access: Acce
 fn op_linear_any(cpu: &Cpu, op: &Op, size: u64, access: Access) -> Outcome<u64> {
     cpu.linear(op.segment as usize, op_offset::<ANY>(cpu, op), size, access)
 }
+
+/// [`op_linear`] for handlers that are not specialised by addressing form; `extra` bytes beyond the operand's
+/// own offset (bit strings).
+#[inline]
+pub(crate) fn op_linear_dyn(cpu: &Cpu, op: &Op, extra: u64, size: u64, access: Access) -> Outcome<u64> {
+    if op.flags & FLAG_ANY != 0 {
+        let offset = op_offset::<ANY>(cpu, op).wrapping_add(extra) & mask_of(u32::from(op.flags & 15));
+        return cpu.linear(op.segment as usize, offset, size, access);
+    }
+    Ok(op_linear::<LONG>(cpu, op, size, access)?.wrapping_add(extra))
+}
+
+/// [`Op::flags`]: the memory operand has the addressing form [`ANY`].
+pub(crate) const FLAG_ANY: u8 = 0x80;
+/// [`Op::flags`]: operand 0 (or the only one) is in memory.
+pub(crate) const FLAG_MEMORY: u8 = 0x40;
+/// [`Op::flags`]: LOCK prefix.
+pub(crate) const FLAG_LOCK: u8 = 0x20;
+/// [`Op::flags`]: REP or REPE prefix on a string instruction; the handler's own flag elsewhere.
+pub(crate) const FLAG_REP: u8 = 0x10;
+
+/// A register or memory operand that is only read (`src` names the register).
+#[inline(always)]
+pub(crate) fn read_rm<T: Operand>(cpu: &mut Cpu, env: &crate::execute::Env<'_>, op: &Op) -> Outcome<T> {
+    if op.flags & FLAG_MEMORY == 0 {
+        return Ok(T::get(cpu, op.src));
+    }
+    let linear = op_linear_dyn(cpu, op, 0, T::BYTES, Access::Read)?;
+    cpu.load::<T>(env.io, op.segment as usize, linear)
+}
+
+/// A register or memory operand that is only written (`dst` names the register).
+#[inline(always)]
+pub(crate) fn write_rm<T: Operand>(
+    cpu: &mut Cpu,
+    env: &crate::execute::Env<'_>,
+    op: &Op,
+    value: T,
+) -> Outcome {
+    if op.flags & FLAG_MEMORY == 0 {
+        T::set(cpu, op.dst, value);
+        return Ok(());
+    }
+    let linear = op_linear_dyn(cpu, op, 0, T::BYTES, Access::Write)?;
+    cpu.store::<T>(env.io, op.segment as usize, linear, value)
+}
+
+/// A register or memory operand that is read and written (`dst` names the register), under LOCK where the op
+/// says so. `change` gets flags and value and may be called several times.
+#[inline]
+pub(crate) fn modify_rm<T: Operand>(
+    cpu: &mut Cpu,
+    env: &crate::execute::Env<'_>,
+    op: &Op,
+    extra: u64,
+    mut change: impl FnMut(&mut u64, T) -> T,
+) -> Outcome<T> {
+    let before = cpu.rflags;
+    let mut flags = before;
+    if op.flags & FLAG_MEMORY == 0 {
+        let old = T::get(cpu, op.dst);
+        let new = change(&mut flags, old);
+        T::set(cpu, op.dst, new);
+        cpu.rflags = flags;
+        return Ok(old);
+    }
+    let linear = op_linear_dyn(cpu, op, extra, T::BYTES, Access::Write)?;
+    let place = cpu.place::<T>(op.segment as usize, linear)?;
+    let old = if op.flags & FLAG_LOCK != 0 {
+        cpu.place_atomic(env.io, place, Access::Write, |a| {
+            flags = before;
+            change(&mut flags, a)
+        })?
+    } else {
+        let old = cpu.place_load::<T>(env.io, place)?;
+        let new = change(&mut flags, old);
+        cpu.place_store(env.io, place, new)?;
+        old
+    };
+    cpu.rflags = flags;
+    Ok(old)
+}
+
+/// Whether condition `CC` (as in Jcc's opcode) holds.
+#[inline(always)]
+pub(crate) fn condition<const CC: u8>(flags: u64) -> bool {
+    use crate::cpu::flag::{CF, OF, PF, SF, ZF};
+    let less = flags >> 7 & 1 != flags >> 11 & 1;
+    let holds = match CC >> 1 {
+        0 => flags & OF != 0,
+        1 => flags & CF != 0,
+        2 => flags & ZF != 0,
+        3 => flags & (CF | ZF) != 0,
+        4 => flags & SF != 0,
+        5 => flags & PF != 0,
+        6 => less,
+        _ => less || flags & ZF != 0,
+    };
+    holds != (CC & 1 != 0)
+}

@@ -8,6 +8,7 @@
 //!
 //! Nothing outside this folder uses `unsafe` for that purpose.
 
+pub(crate) mod arith;
 mod signal;
 pub mod thunk;
 mod thunk_arena;
