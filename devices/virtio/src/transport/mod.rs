@@ -1,0 +1,3 @@
+//! How a driver reaches a device. Only PCI so far.
+
+pub mod pci;
