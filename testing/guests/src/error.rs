@@ -78,3 +78,14 @@ impl Error {
         move |source| Self::Io { action, path, source }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_without_a_package_manager_is_told_which_two_files_to_bring() {
+        let text = Error::NoPackageManager { missing: "apt-get" }.to_string();
+        assert!(text.contains("--kernel vmlinuz --initrd initramfs") && text.lines().count() <= 2, "{text}");
+    }
+}

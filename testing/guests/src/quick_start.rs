@@ -41,6 +41,7 @@ pub fn in_cache(cache: &Cache, which: GuestKernel, progress: &mut dyn Progress) 
         let lock = cache.lock()?;
         let busybox = kernel::busybox_locked(cache, &lock, progress)?;
         progress.step("building the initial root file system");
+        remove_older(cache);
         initrd = cache.publish_file(&lock, &relative, &initramfs::quick_start(&files, &busybox)?)?;
     }
     progress.done();
@@ -50,6 +51,16 @@ pub fn in_cache(cache: &Cache, which: GuestKernel, progress: &mut dyn Progress) 
         append: command_line(std::env::var("TERM").ok().as_deref()),
         version: files.version,
     })
+}
+
+/// Removes the images of other kernels and of other versions of this crate; the caller holds the lock. A machine
+/// that is just reading one keeps its open file.
+fn remove_older(cache: &Cache) {
+    for entry in std::fs::read_dir(cache.path("images")).into_iter().flatten().flatten() {
+        if entry.file_name().to_string_lossy().starts_with("quick-start-") {
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
 }
 
 /// The kernel hands `NAME=value` words that it does not know to PID 1 as environment: so the shell learns what
