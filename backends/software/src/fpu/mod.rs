@@ -98,6 +98,8 @@ pub fn execute(cpu: &mut Cpu, io: &dyn CpuIo, instruction: &Instruction) -> Outc
         M::Emms => vector::emms(cpu),
         M::Vzeroupper | M::Vzeroall => vector::zero(cpu, instruction),
         M::Movnti => vector::movnti(cpu, io, instruction),
+        // Hints that never fault.
+        M::Prefetchnta | M::Prefetcht0 | M::Prefetcht1 | M::Prefetcht2 | M::Prefetchw => Ok(()),
         M::Lfence | M::Mfence | M::Sfence => {
             std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
             Ok(())

@@ -5,6 +5,7 @@
 // UNSAFETY: runs the reference instructions as inline assembly.
 #![allow(unsafe_code)]
 
+mod coverage;
 mod faults;
 mod fixture;
 mod speed;
