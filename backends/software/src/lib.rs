@@ -23,4 +23,6 @@ pub mod mmu;
 pub mod partition;
 mod saved_state;
 pub mod system;
+#[doc(hidden)]
+pub mod test_support;
 pub mod vcpu;
