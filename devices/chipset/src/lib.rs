@@ -7,7 +7,13 @@
 //! | [`gsi`] | wires of devices, OR of shared ones, fan-out to PIC and IOAPIC | |
 //! | [`pit`] | 8254 timer and system control | ports 40-43, 61 |
 //! | [`rtc`] | MC146818 clock and CMOS memory | ports 70-77 |
-//! | [`uart`] | 16550A serial ports | 3F8, 2F8, 3E8, 2E8 |
+//! | [`uart`] | 16550A serial ports | ports 3F8, 2F8, 3E8, 2E8 |
+//! | [`i8042`] | keyboard controller, keyboard, mouse | ports 60, 64 |
+//! | [`acpi_pm`] | ACPI power management | PMBASE, ports B2, B3 |
+//! | [`reset`] | reset control | ports CF9, 92 |
+//! | [`pvpanic`] | crash report | port 505 |
+//! | [`debug_exit`] | end of a test kernel's run | port F4 |
+//! | [`debug_port`] | debug console, POST codes | ports E9, 402, 80-8F |
 //!
 //! Ports are handed to devices as ranges of a `PortBus`; each device says which in its documentation and takes
 //! offsets from the start of its range. Interrupt lines come from [`gsi::Gsi`].
@@ -21,10 +27,16 @@
 
 use std::sync::{Mutex, MutexGuard};
 
+pub mod acpi_pm;
+pub mod debug_exit;
+pub mod debug_port;
 pub mod gsi;
+pub mod i8042;
 pub mod ioapic;
 pub mod pic;
 pub mod pit;
+pub mod pvpanic;
+pub mod reset;
 pub mod rtc;
 #[cfg(test)]
 mod testing;
