@@ -150,7 +150,7 @@ impl Blk {
 
     /// Offset and length in bytes of a transfer, checked against the disk.
     fn transfer_range(&self, sector: u64, len: u64) -> Result<(u64, u64), Failure> {
-        if len == 0 || len % SECTOR != 0 || len > MAX_BYTES {
+        if len == 0 || !len.is_multiple_of(SECTOR) || len > MAX_BYTES {
             return Err(Failure::Bad);
         }
         Ok((self.range_in_disk(sector, len)?, len))
@@ -177,7 +177,7 @@ impl Blk {
             return Err(Failure::Bad);
         }
         let bytes = readable.remaining();
-        if bytes == 0 || bytes % 16 != 0 || bytes / 16 > u64::from(MAX_RANGES) {
+        if bytes == 0 || !bytes.is_multiple_of(16) || bytes / 16 > u64::from(MAX_RANGES) {
             return Err(Failure::Bad);
         }
         let mut ranges = Vec::with_capacity(MAX_RANGES as usize);

@@ -75,8 +75,7 @@ impl Registers {
         match self.driver_feature_select {
             0 => self.driver_features = self.driver_features & !0xffff_ffff | u64::from(half),
             1 => self.driver_features = self.driver_features & 0xffff_ffff | u64::from(half) << 32,
-            // Bits from 64 on: offered by nobody, so a driver that sets one is refused like any other.
-            _ if half != 0 => self.driver_features |= 1 << 63,
+            // Nobody offers bits from 64 on.
             _ => {}
         }
     }

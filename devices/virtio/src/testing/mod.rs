@@ -14,6 +14,12 @@ use atoll_pci::{BarMapper, PciBarMapper, PciDevice};
 use crate::device::{VirtioDevice, feature};
 use crate::transport::pci::{VirtioPciDevice, VirtioPciParts};
 
+mod disk;
+mod play;
+
+pub use disk::MemoryDisk;
+pub use play::play;
+
 /// Bytes of RAM in a [`TestMachine`], from address 0.
 pub const RAM_BYTES: u64 = 8 << 20;
 /// RAM below this is left to tests; the driver's rings and buffers lie above.
@@ -577,107 +583,5 @@ impl Random {
     /// A number below `n`, which is not zero.
     pub fn below(&mut self, n: u64) -> u64 {
         (self.bits() >> 11) % n
-    }
-}
-
-/// A disk in memory, for fuzz targets and tests.
-pub struct MemoryDisk {
-    bytes: Mutex<Vec<u8>>,
-    read_only: bool,
-    /// Flushes so far.
-    pub flushes: std::sync::atomic::AtomicU64,
-    metrics: atoll_storage::DiskMetrics,
-}
-
-impl MemoryDisk {
-    /// `sectors` sectors of 512 zeros.
-    pub fn new(sectors: usize, read_only: bool) -> Arc<Self> {
-        Arc::new(Self {
-            bytes: Mutex::new(vec![0; sectors * 512]),
-            read_only,
-            flushes: Default::default(),
-            metrics: Default::default(),
-        })
-    }
-
-    /// A copy of the content.
-    pub fn content(&self) -> Vec<u8> {
-        crate::lock(&self.bytes).clone()
-    }
-
-    fn fill_zero(
-        &self,
-        operation: atoll_storage::error::Operation,
-        offset: u64,
-        len: u64,
-    ) -> Result<(), atoll_storage::DiskError> {
-        let mut bytes = crate::lock(&self.bytes);
-        atoll_storage::disk::check_range(bytes.len() as u64, operation, offset, len)?;
-        bytes[offset as usize..(offset + len) as usize].fill(0);
-        Ok(())
-    }
-}
-
-impl atoll_storage::Disk for MemoryDisk {
-    fn capacity_bytes(&self) -> u64 {
-        crate::lock(&self.bytes).len() as u64
-    }
-    fn logical_block_size(&self) -> u32 {
-        512
-    }
-    fn capabilities(&self) -> atoll_storage::Capabilities {
-        let max_bytes = 1 << 20;
-        atoll_storage::Capabilities {
-            read_only: self.read_only,
-            discard: Some(atoll_storage::DiscardLimits { granularity: 4096, max_bytes }),
-            write_zeroes: Some(atoll_storage::WriteZeroesLimits { max_bytes, unmap: true }),
-        }
-    }
-    fn read_at(
-        &self,
-        mut offset: u64,
-        buffers: &[vm_memory::VolatileSlice<'_>],
-    ) -> Result<(), atoll_storage::DiskError> {
-        let bytes = crate::lock(&self.bytes);
-        let total = atoll_storage::disk::total_len(buffers);
-        let operation = atoll_storage::error::Operation::Read;
-        atoll_storage::disk::check_range(bytes.len() as u64, operation, offset, total)?;
-        for buffer in buffers {
-            buffer.copy_from(&bytes[offset as usize..offset as usize + buffer.len()]);
-            offset += buffer.len() as u64;
-        }
-        Ok(())
-    }
-    fn write_at(
-        &self,
-        mut offset: u64,
-        buffers: &[vm_memory::VolatileSlice<'_>],
-    ) -> Result<(), atoll_storage::DiskError> {
-        use atoll_storage::{DiskError, DiskErrorKind};
-        let mut bytes = crate::lock(&self.bytes);
-        let total = atoll_storage::disk::total_len(buffers);
-        let operation = atoll_storage::error::Operation::Write;
-        atoll_storage::disk::check_range(bytes.len() as u64, operation, offset, total)?;
-        if self.read_only {
-            return Err(DiskError::new(DiskErrorKind::ReadOnly, operation, offset, total));
-        }
-        for buffer in buffers {
-            buffer.copy_to(&mut bytes[offset as usize..offset as usize + buffer.len()]);
-            offset += buffer.len() as u64;
-        }
-        Ok(())
-    }
-    fn flush(&self) -> Result<(), atoll_storage::DiskError> {
-        self.flushes.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
-        Ok(())
-    }
-    fn discard(&self, offset: u64, len: u64) -> Result<(), atoll_storage::DiskError> {
-        self.fill_zero(atoll_storage::error::Operation::Discard, offset, len)
-    }
-    fn write_zeroes(&self, offset: u64, len: u64, _unmap: bool) -> Result<(), atoll_storage::DiskError> {
-        self.fill_zero(atoll_storage::error::Operation::WriteZeroes, offset, len)
-    }
-    fn metrics(&self) -> &atoll_storage::DiskMetrics {
-        &self.metrics
     }
 }
