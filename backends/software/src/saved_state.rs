@@ -7,12 +7,13 @@
 use atoll_machine::backend::StateError;
 use atoll_machine::cpu::model::MsrKind;
 use atoll_machine::cpu::msr::index as msr;
-use atoll_machine::cpu::state::{Activity, CpuState, LapicState, Segment, gpr, seg};
+use atoll_machine::cpu::state::{Activity, CpuState, EventKind, LapicState, PendingEvent, Segment, gpr, seg};
 
 use crate::access::is_canonical;
 use crate::apic;
 use crate::apic::lapic::{BASE_ENABLE, BASE_X2APIC};
 use crate::cpu::{Cpu, XsaveArea, control, flag};
+use crate::exception::{Exception, vector};
 use crate::system::{self, SystemState, debug, msr::MsrFile, paravirt, time};
 
 /// Legacy area and header of an XSAVE area.
@@ -82,18 +83,29 @@ pub(crate) fn save(cpu: &mut Cpu) -> CpuState {
         nmi_blocked: cpu.nmi_blocked,
         nmi_pending: cpu.system.nmi_pending,
         sipi_vector: cpu.system.sipi_vector,
-        pending_event: cpu.system.pending_event.or_else(|| pending_trap(cpu)),
+        pending_event: pending_event(cpu),
     }
 }
 
-/// A debug trap that waits for its boundary is saved as a pending #DB; its DR6 bits are set already.
-fn pending_trap(cpu: &mut Cpu) -> Option<atoll_machine::cpu::state::PendingEvent> {
-    use atoll_machine::cpu::state::{EventKind, PendingEvent};
+/// What waits for the next boundary: an event of another engine, a fault of a task switch, a debug trap.
+fn pending_event(cpu: &mut Cpu) -> Option<PendingEvent> {
+    if cpu.system.pending_event.is_some() {
+        return cpu.system.pending_event;
+    }
+    let exception = |vector, error_code| PendingEvent { vector, kind: EventKind::Exception, error_code };
+    match cpu.system.pending_fault {
+        Some(Exception::Fault { vector, error_code }) => return Some(exception(vector, error_code)),
+        Some(Exception::PageFault { address, error_code }) => {
+            cpu.cr2 = address;
+            return Some(exception(vector::PF, Some(error_code)));
+        }
+        _ => {}
+    }
     if cpu.system.pending_debug == 0 {
         return None;
     }
     cpu.dr6 |= cpu.system.pending_debug;
-    Some(PendingEvent { vector: 1, kind: EventKind::Exception, error_code: None })
+    Some(exception(vector::DB, None))
 }
 
 fn invalid(field: &'static str, why: impl Into<String>) -> Result<(), StateError> {
@@ -220,10 +232,7 @@ pub(crate) fn load(cpu: &mut Cpu, s: &CpuState) {
     (cpu.dr, cpu.efer, cpu.xcr0) = (s.dr, s.efer, s.xcr0);
     cpu.dr6 = s.dr6 & 0xe00f | debug::DR6_FIXED;
     cpu.dr7 = s.dr7 & debug::DR7_WRITABLE | debug::DR7_FIXED;
-    let length = s.xsave.len().min(XsaveArea::SIZE);
-    cpu.xsave.0.fill(0);
-    cpu.xsave.0[..length].copy_from_slice(&s.xsave[..length]);
-    cpu.xsave.0[512..576].fill(0);
+    *cpu.xsave = XsaveArea::import(&s.xsave);
     cpu.activity = s.activity;
     cpu.interrupt_shadow = s.interrupt_shadow;
     cpu.nmi_blocked = s.nmi_blocked;

@@ -191,6 +191,10 @@ fn can_wake(cpu: &Cpu) -> bool {
 
 /// Delivers the most important pending event. Returns whether there was one.
 fn inject(cpu: &mut Cpu, io: &dyn CpuIo) -> bool {
+    if let Some(fault) = cpu.system.pending_fault.take() {
+        delivery::raise(cpu, io, fault);
+        return true;
+    }
     if let Some(saved) = cpu.system.pending_event.take() {
         let event = Event::pending(cpu, saved);
         delivery::deliver(cpu, io, event);
@@ -254,7 +258,7 @@ fn step(cpu: &mut Cpu, io: &dyn CpuIo) -> Option<Leave> {
     // RF lasts for one instruction; a fault of this one pushes it set again.
     cpu.rflags &= !flag::RF;
     let single_step = cpu.rflags & flag::TF != 0;
-    let shadow = std::mem::take(&mut cpu.interrupt_shadow);
+    cpu.interrupt_shadow = false;
     let debug_shadow = std::mem::take(&mut cpu.system.debug_shadow);
     cpu.system.step_flag = None;
     cpu.system.debug_hits = 0;
@@ -264,7 +268,6 @@ fn step(cpu: &mut Cpu, io: &dyn CpuIo) -> Option<Leave> {
         // Only the first of several loads of SS holds events off.
         (cpu.system.debug_shadow, cpu.interrupt_shadow) = (false, false);
     }
-    let _ = shadow;
     if let Leave::Exception(exception) = leave {
         // The fault takes precedence; a trap on an earlier instruction stays pending.
         if !matches!(exception, Exception::DebugTrap { .. }) {

@@ -7,7 +7,11 @@ use iced_x86::{CpuidFeature, DecoderOptions, Instruction, Mnemonic};
 pub(super) fn allows(model: &CpuModel, insn: &Instruction, bits: u32) -> bool {
     match insn.mnemonic() {
         // Hint encodings are NOPs on every processor.
-        Mnemonic::Reservednop | Mnemonic::Nop | Mnemonic::Pause => return true,
+        Mnemonic::Reservednop
+        | Mnemonic::Nop
+        | Mnemonic::Pause
+        | Mnemonic::Prefetch
+        | Mnemonic::Prefetchw => return true,
         Mnemonic::Lahf | Mnemonic::Sahf if bits == 64 => return model.has(Feature::LahfLm),
         _ => {}
     }
@@ -49,6 +53,7 @@ fn needed(feature: CpuidFeature) -> Need {
         | C::INTEL386
         | C::INTEL486
         | C::X64
+        | C::CPUID
         | C::SMM
         | C::MULTIBYTENOP
         | C::PAUSE => return Need::Nothing,

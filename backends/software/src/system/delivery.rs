@@ -137,9 +137,12 @@ pub fn deliver(cpu: &mut Cpu, io: &dyn CpuIo, mut event: Event) {
         cpu.nmi_blocked = true;
     }
     loop {
-        let Err(fault) = deliver_once(cpu, io, &event) else {
-            cpu.rip = cpu.next_rip;
-            return;
+        let fault = match (deliver_once(cpu, io, &event), cpu.system.pending_fault.take()) {
+            (Err(fault), _) | (Ok(()), Some(fault)) => fault,
+            (Ok(()), None) => {
+                cpu.rip = cpu.next_rip;
+                return;
+            }
         };
         if event.vector == vector::DF && event.kind == EventKind::Exception {
             cpu.activity = Activity::Shutdown;

@@ -54,6 +54,8 @@ pub struct SystemState {
     pub tsc_base: u64,
     /// An event that another engine accepted and has not delivered.
     pub pending_event: Option<PendingEvent>,
+    /// A fault in the context of the task that the last instruction switched to.
+    pub pending_fault: Option<Exception>,
     /// DR6 bits of debug traps that wait for the next boundary.
     pub pending_debug: u64,
     /// DR6 bits of the #DB fault that is being raised.
@@ -81,6 +83,7 @@ impl SystemState {
             tsc_adjust: 0,
             tsc_base: 0,
             pending_event: None,
+            pending_fault: None,
             pending_debug: 0,
             debug_fault: 0,
             debug_hits: 0,
@@ -111,6 +114,7 @@ pub fn execute(cpu: &mut Cpu, io: &dyn CpuIo, i: &Instruction) -> Outcome {
         Xgetbv | Xsetbv => control::execute_extended(cpu, i),
         Invlpg => control::invalidate_page(cpu, i),
         Invpcid => control::invalidate_pcid(cpu, io, i),
+        Prefetch | Prefetchw => Ok(()),
         Invd | Wbinvd | Wbnoinvd => require_cpl0(cpu),
         Rdmsr => msr::execute_read(cpu),
         Wrmsr => msr::execute_write(cpu),

@@ -100,17 +100,33 @@ pub(crate) fn switch(
     let image = read_image(cpu, io, &new)?;
     save_old(cpu, io, how)?;
     update_tables(cpu, io, &d, &new, how)?;
-    commit(cpu, io, new, &image, how)?;
-    load_segments(cpu, io, &image)?;
+    enter(cpu, new, &image, how);
+    if let Err(exception) = finish(cpu, io, &image, d.kind(), error_code) {
+        // The instruction that switched is over: the fault is the new task's first event.
+        cpu.system.pending_fault = Some(exception);
+        cpu.recheck = true;
+    }
+    Ok(())
+}
+
+/// What happens in the new task's context.
+fn finish(cpu: &mut Cpu, io: &dyn CpuIo, image: &Image, tss: u32, error_code: Option<u32>) -> Outcome {
+    if image.trap {
+        cpu.system.pending_debug |= debug::DR6_BT;
+    }
+    if let Some(cr3) = image.cr3
+        && cpu.mode.paging
+    {
+        control::load_cr3(cpu, u64::from(cr3))?;
+        cpu.refresh_translation();
+    }
+    cpu.ldtr = check_ldt(cpu, io, image.ldt, ts, ts)?;
+    load_segments(cpu, io, image)?;
     if let Some(code) = error_code {
-        push_error_code(cpu, io, d.kind(), code)?;
+        push_error_code(cpu, io, tss, code)?;
     }
     if cpu.next_rip > u64::from(cpu.segments[seg::CS].limit) {
         return Err(Exception::GP0);
-    }
-    if image.trap {
-        cpu.system.pending_debug |= debug::DR6_BT;
-        cpu.recheck = true;
     }
     Ok(())
 }
@@ -215,8 +231,8 @@ fn update_tables(cpu: &mut Cpu, io: &dyn CpuIo, d: &Descriptor, new: &Segment, h
     Ok(())
 }
 
-/// Enters the new task: TR, CR3, general registers, flags, selectors (still without descriptors) and the LDT.
-fn commit(cpu: &mut Cpu, io: &dyn CpuIo, new: Segment, image: &Image, how: Switch) -> Outcome {
+/// Enters the new task: TR, general registers, flags and selectors, still without descriptors.
+fn enter(cpu: &mut Cpu, new: Segment, image: &Image, how: Switch) {
     cpu.tr = new;
     cpu.cr0 |= bits::CR0_TS;
     cpu.dr7 &= !debug::DR7_LOCAL;
@@ -255,13 +271,6 @@ fn commit(cpu: &mut Cpu, io: &dyn CpuIo, new: Segment, image: &Image, how: Switc
     }
     cpu.ldtr = null_segment(image.ldt);
     cpu.refresh_mode();
-    if let Some(cr3) = image.cr3
-        && cpu.mode.paging
-    {
-        control::load_cr3(cpu, u64::from(cr3))?;
-    }
-    cpu.ldtr = check_ldt(cpu, io, image.ldt, ts, ts)?;
-    Ok(())
 }
 
 fn load_segments(cpu: &mut Cpu, io: &dyn CpuIo, image: &Image) -> Outcome {
