@@ -14,6 +14,10 @@
 //! | [`pvpanic`] | crash report | port 505 |
 //! | [`debug_exit`] | end of a test kernel's run | port F4 |
 //! | [`debug_port`] | debug console, POST codes | ports E9, 402, 80-8F |
+//! | [`host_bridge`] | Q35 host bridge, ECAM, PAM | 00:00.0 |
+//! | [`lpc`] | ICH9 LPC bridge: PMBASE, PIRQ routes | 00:1f.0 |
+//! | [`root_port`] | PCI Express root port with hot-plug slot | |
+//! | [`watchdog`] | i6300ESB | |
 //!
 //! Ports are handed to devices as ranges of a `PortBus`; each device says which in its documentation and takes
 //! offsets from the start of its range. Interrupt lines come from [`gsi::Gsi`].
@@ -31,16 +35,20 @@ pub mod acpi_pm;
 pub mod debug_exit;
 pub mod debug_port;
 pub mod gsi;
+pub mod host_bridge;
 pub mod i8042;
 pub mod ioapic;
+pub mod lpc;
 pub mod pic;
 pub mod pit;
 pub mod pvpanic;
 pub mod reset;
+pub mod root_port;
 pub mod rtc;
 #[cfg(test)]
 mod testing;
 pub mod uart;
+pub mod watchdog;
 
 /// Locks `mutex`. A panic elsewhere does not make plain register values invalid.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
