@@ -7,6 +7,7 @@
 //! | RF | the processor sets it in what it saves for a fault; the interpreter does so on delivery |
 //! | P in the error code of page faults at or above 0x7fff_ffff_f000 | Linux hides which kernel addresses are mapped |
 //! | x87 opcode and pointers (FOP, FIP, FDP) | models say that FXSAVE shows them with pending exceptions only; the kernel's XSAVE shows them always on processors with XSAVEERPTR |
+//! | MXCSR_MASK | a property of the processor, not state |
 //! | bytes 416 to 511 and the header of the XSAVE area | the kernel's own |
 //! | upper halves of general registers in 32-bit and 16-bit code | undefined until 64-bit code runs again |
 
@@ -18,8 +19,10 @@ use crate::case::{After, Case, Vectors, YMM_HIGH};
 const RF: u64 = 1 << 16;
 /// First address that Linux keeps from programs.
 const KERNEL_HALF: u64 = 0x7fff_ffff_f000;
-/// MXCSR and the registers of the legacy area.
-const REGISTERS: std::ops::Range<usize> = 24..416;
+/// x87 and XMM registers in the legacy area.
+const REGISTERS: std::ops::Range<usize> = 32..416;
+/// MXCSR; its mask follows, which is the host's own.
+const MXCSR: std::ops::Range<usize> = 24..28;
 
 /// Whether the registers after a case agree.
 pub fn agree(case: &Case, host: &After, guest: &After) -> bool {
@@ -51,7 +54,10 @@ const CONTROL: std::ops::Range<usize> = 0..5;
 
 fn vectors_agree(host: &Vectors, guest: &Vectors) -> bool {
     let (h, g) = (&host.0, &guest.0);
-    h[CONTROL] == g[CONTROL] && h[REGISTERS] == g[REGISTERS] && h[YMM_HIGH..] == g[YMM_HIGH..]
+    h[CONTROL] == g[CONTROL]
+        && h[MXCSR] == g[MXCSR]
+        && h[REGISTERS] == g[REGISTERS]
+        && h[YMM_HIGH..] == g[YMM_HIGH..]
 }
 
 /// The flags by letter.

@@ -89,7 +89,7 @@ impl Guest {
             extint: None,
             eoi: None,
         };
-        let mut cpu = Cpu::new(Shared::new(config), 0);
+        let mut cpu = Cpu::new(Shared::new(config), 0)?;
         build_tables(&ram)?;
         ram.write(WINDOW_RAM + layout::READ_ONLY as u64, patterns.read_only())?;
         ram.write(WINDOW_RAM + CODE as u64, &[0xcc; CODE_LEN])?;
@@ -227,7 +227,7 @@ fn build_tables(ram: &RamBlock) -> anyhow::Result<()> {
     put(PML4 + (BASE >> 39) * 8, user_pdpt | table)?;
     put(user_pdpt + (BASE >> 30 & 511) * 8, user_pd | table)?;
     put(user_pd + (BASE >> 21 & 511) * 8, user_pt | table)?;
-    let mut page = |offset: usize, flags: u64| {
+    let page = |offset: usize, flags: u64| {
         let linear = BASE + offset as u64;
         put(user_pt + (linear >> 12 & 511) * 8, (WINDOW_RAM + offset as u64) | PRESENT | USER | flags)
     };

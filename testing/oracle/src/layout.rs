@@ -93,16 +93,8 @@ pub const DATA16: u16 = selector(1);
 /// 32-bit code with a base.
 pub const CODE32_BASED: u16 = selector(7);
 /// Selectors that DS, ES, FS and GS may hold at the start of a case.
-pub const DATA_SELECTORS: [u16; 8] = [
-    0,
-    USER_DATA,
-    selector(1),
-    selector(2),
-    selector(3),
-    selector(4),
-    selector(7),
-    selector(8),
-];
+pub const DATA_SELECTORS: [u16; 8] =
+    [0, USER_DATA, selector(1), selector(2), selector(3), selector(4), selector(7), selector(8)];
 /// Selectors that SS may hold at the start of a case.
 pub const STACK_SELECTORS: [u16; 5] = [USER_DATA, selector(1), selector(2), selector(3), selector(8)];
 

@@ -13,6 +13,7 @@ pub mod case;
 pub mod compare;
 pub mod corpus;
 pub mod eligible;
+pub mod encode;
 pub mod generate;
 pub mod guest;
 pub mod layout;

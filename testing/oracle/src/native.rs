@@ -405,7 +405,8 @@ fn map_window() -> io::Result<*mut u8> {
     // SAFETY: system calls on a descriptor made here; fixed mappings replace nothing (NOREPLACE) except the
     // reservation that this function made itself.
     unsafe {
-        let mut fd = libc::memfd_create(c"atoll-oracle".as_ptr(), libc::MFD_CLOEXEC | 0x10 /* MFD_EXEC */);
+        let mut fd =
+            libc::memfd_create(c"atoll-oracle".as_ptr(), libc::MFD_CLOEXEC | 0x10 /* MFD_EXEC */);
         if fd < 0 {
             fd = libc::memfd_create(c"atoll-oracle".as_ptr(), libc::MFD_CLOEXEC);
         }
@@ -424,8 +425,7 @@ fn map_window() -> io::Result<*mut u8> {
         }
         for (offset, len, protection) in parts {
             let at = (BASE as usize + offset) as *mut libc::c_void;
-            let part =
-                libc::mmap(at, len, protection, shared | libc::MAP_FIXED, fd, offset as libc::off_t);
+            let part = libc::mmap(at, len, protection, shared | libc::MAP_FIXED, fd, offset as libc::off_t);
             if part != at {
                 return Err(failed("mapping the window"));
             }
@@ -459,9 +459,8 @@ fn install_segments() -> io::Result<()> {
                 | 1 << 6,
         };
         // SAFETY: modify_ldt(1) reads one structure of the size given.
-        let result = unsafe {
-            libc::syscall(libc::SYS_modify_ldt, 1, &raw mut descriptor, size_of::<UserDesc>())
-        };
+        let result =
+            unsafe { libc::syscall(libc::SYS_modify_ldt, 1, &raw mut descriptor, size_of::<UserDesc>()) };
         // The kernel returns an int, so errors arrive as large positive numbers.
         if result as i32 != 0 {
             return Err(io::Error::other(format!("modify_ldt: {result}; 16-bit cases need it")));
