@@ -178,7 +178,7 @@ fn from_gpr<const IS_VEX: bool, const N: usize>(
         return load_scalar::<IS_VEX, N>(cpu, io, insn);
     }
     require::<IS_VEX>(cpu)?;
-    let value = operand::gpr(cpu, insn.op1_register());
+    let value = operand::gpr_value(cpu, insn.op1_register());
     set::<IS_VEX>(cpu, insn.op0_register().number(), value.into());
     Ok(())
 }

@@ -1,16 +1,24 @@
 //! Operands of vector and x87 instructions: effective addresses, alignment, reads and writes.
 
 use atoll_machine::backend::CpuIo;
-use iced_x86::Instruction;
+use atoll_machine::cpu::state::{gpr, seg};
+use iced_x86::{Instruction, Register};
 
 use crate::access::Access;
 use crate::cpu::{Cpu, control, flag};
 use crate::exception::{Exception, Outcome, vector};
 use crate::execute::operand::address_size;
-pub(super) use crate::execute::operand::read_register as gpr;
+pub(super) use crate::execute::operand::read_register as gpr_value;
 
 /// Segment and offset of the instruction's memory operand, truncated to the address size.
+#[inline]
 pub(super) fn effective_address(cpu: &Cpu, instruction: &Instruction) -> (usize, u64) {
+    let (base, index) = (instruction.memory_base(), instruction.memory_index());
+    if base.is_gpr64() && index == Register::None && instruction.segment_prefix() == Register::None {
+        let number = base.number() & 15;
+        let segment = if matches!(number, gpr::RSP | gpr::RBP) { seg::SS } else { seg::DS };
+        return (segment, cpu.gpr[number].wrapping_add(instruction.memory_displacement64()));
+    }
     // Operand 0 names the implicit destination of the byte-masked moves; for all others the index is not used.
     crate::execute::operand::effective_address(cpu, instruction, 0)
 }

@@ -165,6 +165,6 @@ pub(super) fn movnti(cpu: &mut Cpu, io: &dyn CpuIo, instruction: &Instruction) -
         return Err(Exception::UD);
     }
     let register = instruction.op1_register();
-    let value = operand::gpr(cpu, register).to_le_bytes();
+    let value = operand::gpr_value(cpu, register).to_le_bytes();
     operand::write(cpu, io, instruction, 1, &value[..register.size().min(8)])
 }
