@@ -22,6 +22,10 @@
 //! Ports are handed to devices as ranges of a `PortBus`; each device says which in its documentation and takes
 //! offsets from the start of its range. Interrupt lines come from [`gsi::Gsi`].
 //!
+//! Every device with state is a [`atoll_machine::state::SaveState`]. To restore a machine: guest time, then
+//! [`gsi`], [`pic`] and [`ioapic`], then the devices (a wire that already has its level makes no edge), then the
+//! processors.
+//!
 //! Lock order: device, [`gsi::Gsi`], [`pic::Pic`] or [`ioapic::IoApic`], then the backend's local APICs. A lower
 //! one never calls a higher one.
 
@@ -45,6 +49,7 @@ pub mod pvpanic;
 pub mod reset;
 pub mod root_port;
 pub mod rtc;
+mod sections;
 #[cfg(test)]
 mod testing;
 pub mod uart;

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use atoll_machine::bus::{MmioDevice, PortDevice};
+use atoll_machine::state::{RestoreError, SaveState};
 
 use crate::saved_state::ConfigPortsStateV1;
 use crate::{Bdf, PciRoot};
@@ -57,6 +58,17 @@ impl ConfigPorts {
         let address = self.address.load(Ordering::Relaxed);
         let bdf = Bdf { bus: (address >> 16) as u8, devfn: (address >> 8) as u8 };
         (address & ENABLE != 0).then_some((bdf, (address as u16 & 0xfc) + (offset & 3)))
+    }
+}
+
+impl SaveState for ConfigPorts {
+    type Saved = ConfigPortsStateV1;
+    fn save(&self) -> ConfigPortsStateV1 {
+        Self::save(self)
+    }
+    fn restore(&self, saved: ConfigPortsStateV1) -> Result<(), RestoreError> {
+        Self::restore(self, &saved);
+        Ok(())
     }
 }
 

@@ -25,6 +25,12 @@ pub enum RestoreError {
     },
 }
 
+impl From<RestoreError> for atoll_machine::state::RestoreError {
+    fn from(error: RestoreError) -> Self {
+        Self::invalid("function", error.to_string())
+    }
+}
+
 /// One MSI-X table entry.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct MsixEntryV1 {

@@ -9,14 +9,15 @@ use std::sync::{Arc, Mutex, Weak};
 
 use atoll_machine::interrupt::MsiSink;
 use atoll_machine::memory::{AddressSpace, RegionId};
-use atoll_pci::saved_state::PciFunctionStateV1;
 use atoll_pci::{
     BarMapper, ECAM_BYTES_PER_BUS, Ecam, FunctionBuilder, Identity, PciDevice, PciFunction, PciRoot,
     RestoreError, devfn,
 };
 
 use crate::lock;
+use saved_state::HostBridgeStateV1;
 
+pub mod saved_state;
 #[cfg(test)]
 mod tests;
 
@@ -143,14 +144,17 @@ impl HostBridge {
         }
     }
 
-    /// The saved form: everything is in the configuration space.
-    pub fn save(&self) -> PciFunctionStateV1 {
-        self.function.save()
+    /// The saved form.
+    pub fn save(&self) -> HostBridgeStateV1 {
+        HostBridgeStateV1 { function: Some(self.function.save()) }
     }
 
     /// Takes over a saved state.
-    pub fn restore(&self, saved: &PciFunctionStateV1) -> Result<(), RestoreError> {
-        self.function.restore(saved)?;
+    pub fn restore(&self, saved: &HostBridgeStateV1) -> Result<(), RestoreError> {
+        match &saved.function {
+            Some(function) => self.function.restore(function)?,
+            None => self.function.reset(),
+        }
         self.apply();
         Ok(())
     }

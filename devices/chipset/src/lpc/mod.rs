@@ -8,13 +8,14 @@ use std::sync::{Arc, Mutex};
 
 use atoll_machine::bus::PortBus;
 use atoll_machine::interrupt::MsiSink;
-use atoll_pci::saved_state::PciFunctionStateV1;
 use atoll_pci::{BarMapper, FunctionBuilder, Identity, PciDevice, PciFunction, RestoreError, devfn};
 
 use crate::acpi_pm::{self, AcpiPm};
 use crate::gsi::Gsi;
 use crate::lock;
+use saved_state::LpcBridgeStateV1;
 
+pub mod saved_state;
 #[cfg(test)]
 mod tests;
 
@@ -123,14 +124,17 @@ impl LpcBridge {
         }
     }
 
-    /// The saved form: everything is in the configuration space.
-    pub fn save(&self) -> PciFunctionStateV1 {
-        self.function.save()
+    /// The saved form.
+    pub fn save(&self) -> LpcBridgeStateV1 {
+        LpcBridgeStateV1 { function: Some(self.function.save()) }
     }
 
     /// Takes over a saved state.
-    pub fn restore(&self, saved: &PciFunctionStateV1) -> Result<(), RestoreError> {
-        self.function.restore(saved)?;
+    pub fn restore(&self, saved: &LpcBridgeStateV1) -> Result<(), RestoreError> {
+        match &saved.function {
+            Some(function) => self.function.restore(function)?,
+            None => self.function.reset(),
+        }
         self.apply();
         Ok(())
     }

@@ -1,0 +1,11 @@
+//! Saved form of the LPC bridge.
+
+use atoll_pci::saved_state::PciFunctionStateV1;
+
+/// The LPC bridge: everything is in its configuration space.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct LpcBridgeStateV1 {
+    /// Its PCI function. Default: power-on state.
+    #[prost(message, optional, tag = "1")]
+    pub function: Option<PciFunctionStateV1>,
+}
