@@ -163,3 +163,27 @@ fn xinuse_reports_within_xcr0() {
     f.cpu.xcr0 = 3;
     assert_eq!(xinuse(&f.cpu), 3);
 }
+
+#[test]
+fn xrstor_takes_mxcsr_from_the_image_as_each_format_says() {
+    for requested in 0..8u64 {
+        for present in 0..8u64 {
+            for compact in [false, true] {
+                let mut f = filled();
+                f.store(DATA, &[0; 1024]);
+                f.store(DATA + 24, &0x1f90u32.to_le_bytes());
+                f.store(DATA + 512, &present.to_le_bytes());
+                f.store(DATA + 520, &if compact { 1 << 63 | 7u64 } else { 0 }.to_le_bytes());
+                f.cpu.gpr[0] = requested;
+                assert_eq!(f.run(&XRSTOR64), Ok(()));
+                let expected = match compact {
+                    false if requested & 6 != 0 => 0x1f90,
+                    true if requested & present & 2 != 0 => 0x1f90,
+                    true if requested & 2 != 0 => 0x1f80,
+                    _ => 0x1fa0,
+                };
+                assert_eq!(f.cpu.xsave.mxcsr(), expected, "{requested} {present} compact {compact}");
+            }
+        }
+    }
+}
