@@ -349,7 +349,9 @@ impl Core {
     pub(crate) fn kick(&self, index: u16) {
         if let Some(slot) = self.slots.get(usize::from(index)) {
             slot.pending.store(true, SeqCst);
-            self.run(index, Budget::inline());
+            if self.run(index, Budget::inline()) {
+                self.hand_over(index);
+            }
         }
     }
 
@@ -363,29 +365,33 @@ impl Core {
     /// Processes queue `index` as the device's thread does: an input to the machine.
     pub(crate) fn run_through_gate(self: Arc<Self>, index: u16) {
         let gate = self.inputs.clone();
-        gate.deliver(InputKind::Completion, move || self.run(index, Budget::worker()));
+        gate.deliver(InputKind::Completion, move || {
+            if self.run(index, Budget::worker()) {
+                self.hand_over(index);
+            }
+        });
     }
 
-    fn run(&self, index: u16, budget: Budget) {
-        let Some(slot) = self.slots.get(usize::from(index)) else { return };
+    /// Processes queue `index` within `budget`. Returns whether there is more that nobody works on.
+    fn run(&self, index: u16, budget: Budget) -> bool {
+        let Some(slot) = self.slots.get(usize::from(index)) else { return false };
         while slot.pending.load(SeqCst) && self.may_run() {
             let mut queue = match slot.queue.try_lock() {
                 Ok(queue) => queue,
                 Err(TryLockError::Poisoned(e)) => e.into_inner(),
-                Err(TryLockError::WouldBlock) => return,
+                Err(TryLockError::WouldBlock) => return false,
             };
             // A reset or a pause may have come between.
             if !self.may_run() {
-                return;
+                return false;
             }
             slot.pending.store(false, SeqCst);
-            let more = self.process(slot, &mut queue, index, budget);
-            if more {
+            if self.process(slot, &mut queue, index, budget) {
                 slot.pending.store(true, SeqCst);
-                drop(queue);
-                return self.hand_over(index);
+                return true;
             }
         }
+        false
     }
 
     /// One run over a locked queue. Returns whether there is more.
@@ -408,8 +414,8 @@ impl Core {
         self.handed_over.fetch_add(1, SeqCst);
         let name = self.device.kind().thread_name();
         if let Err(error) = self.worker.submit(&self.me, name, index) {
-            // The requests stay pending; the next notification tries again.
-            log_limited!(error, "{name}: no thread for the device, its requests wait: {error}");
+            log_limited!(error, "{name}: no thread for the device, a vCPU does its work: {error}");
+            while self.run(index, Budget::worker()) {}
         }
     }
 
