@@ -5,6 +5,8 @@
 
 use std::ops::Range;
 
+use atoll_machine::memory::PAGE_SIZE;
+
 use crate::bar::BarKind;
 use crate::regs::{
     COMMAND, COMMAND_BUS_MASTER, COMMAND_IO, COMMAND_MEMORY, INTERRUPT_LINE, IO_BASE, MEMORY_BASE,
@@ -56,7 +58,7 @@ const MEMORY32: usize = 1;
 const MEMORY64: usize = 2;
 const NAMES: [&str; 3] = ["I/O", "32-bit memory", "64-bit memory"];
 
-/// One thing that needs addresses.
+/// One thing that needs addresses. Memory BARs start on a page of their own: accesses to whole pages are faster.
 struct Request {
     size: u64,
     align: u64,
@@ -103,7 +105,8 @@ fn requests(bus: &PciBus, class_wanted: usize, no_high: bool) -> Vec<Request> {
     for (index, (_, device)) in bus.devices().into_iter().enumerate() {
         for bar in device.function().bars() {
             if class(bar.kind, no_high) == class_wanted {
-                list.push(Request { size: bar.size, align: bar.size, device: index, bar: Some(bar.index) });
+                let align = if class_wanted == IO { bar.size } else { bar.size.max(PAGE_SIZE) };
+                list.push(Request { size: bar.size, align, device: index, bar: Some(bar.index) });
             }
         }
         if let Some(behind) = device.secondary_bus() {

@@ -233,7 +233,10 @@ impl I8042 {
             }
             Expecting::KeyboardLoop => inner.reply(value, Origin::Keyboard),
             Expecting::MouseLoop => inner.reply(value, Origin::Mouse),
-            Expecting::Mouse => inner.mouse.command(value),
+            Expecting::Mouse => {
+                inner.memory[0] &= !MODE_MOUSE_OFF;
+                inner.mouse.command(value);
+            }
         }
     }
 

@@ -93,7 +93,8 @@ impl RootPort {
     ) -> Arc<Self> {
         let identity = Identity { vendor: 0x1b36, device: 0x000c, class: 0x06_04_00, ..Identity::default() };
         let mut builder = FunctionBuilder::bridge(identity);
-        builder.interrupt_pin(0).msi(MsiSpec { vectors: 1 });
+        // Ports share a device number; the bit is without effect where there is only one.
+        builder.multifunction().interrupt_pin(0).msi(MsiSpec { vectors: 1 });
         let express = builder.express(ExpressSpec {
             port_type: PortType::RootPort,
             function_level_reset: false,
