@@ -74,6 +74,11 @@ impl Fpu {
     pub fn new(config: FpuConfig) -> Result<Self, ThunkError> {
         Ok(Self { engine: ThunkEngine::new()?, config, fcs: 0, fds: 0, ferr: false })
     }
+
+    /// Sets the selectors of the instruction and data pointers to 0, as loading an image in 64-bit format does.
+    pub fn forget_selectors(&mut self) {
+        (self.fcs, self.fds) = (0, 0);
+    }
 }
 
 /// XGETBV with ECX = 1: the components of XCR0 that are not in their init configuration.
