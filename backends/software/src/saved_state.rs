@@ -21,7 +21,6 @@ const XSAVE_MIN: usize = 576;
 /// No XSAVE area of any processor is larger.
 const XSAVE_MAX: usize = 16384;
 const XCR0_AVX: u64 = 4;
-const MXCSR_RESERVED: u32 = 0xffff_0000;
 
 /// Registers with fields of their own in [`CpuState`], and aliases.
 fn has_own_field(index: u32) -> bool {
@@ -50,11 +49,6 @@ pub(crate) fn save(cpu: &mut Cpu) -> CpuState {
     cpu.system.lapic.save(&mut lapic.registers);
     let count = apic::current_count(cpu);
     lapic.registers[0x390..0x394].copy_from_slice(&count.to_le_bytes());
-    let length = if cpu.xcr0 & XCR0_AVX != 0 { XsaveArea::SIZE } else { XSAVE_MIN };
-    let mut xsave = cpu.xsave.0[..length].to_vec();
-    // Every component is present in the area.
-    xsave[512..576].fill(0);
-    xsave[512..520].copy_from_slice(&cpu.xcr0.to_le_bytes());
     CpuState {
         gpr: cpu.gpr,
         rip: cpu.rip,
@@ -74,7 +68,7 @@ pub(crate) fn save(cpu: &mut Cpu) -> CpuState {
         dr7: cpu.dr7,
         efer: cpu.efer,
         xcr0: cpu.xcr0,
-        xsave,
+        xsave: cpu.xsave.export(),
         msrs,
         tsc: time::guest_tsc(cpu),
         lapic,
@@ -192,11 +186,6 @@ fn check_xsave(cpu: &Cpu, s: &CpuState) -> Result<(), StateError> {
     let needed = if s.xcr0 & XCR0_AVX != 0 { XsaveArea::SIZE } else { XSAVE_MIN };
     if s.xsave.len() < needed || s.xsave.len() > XSAVE_MAX {
         return invalid("xsave", format!("{} bytes where XCR0 needs {needed}", s.xsave.len()));
-    }
-    let mut mxcsr = [0; 4];
-    mxcsr.copy_from_slice(&s.xsave[24..28]);
-    if u32::from_le_bytes(mxcsr) & MXCSR_RESERVED != 0 {
-        return invalid("xsave", "MXCSR has reserved bits set");
     }
     Ok(())
 }

@@ -130,6 +130,8 @@ fn event_of(cpu: &mut Cpu, exception: Exception) -> Event {
 
 /// Delivers `event`, and whatever faults on the way.
 pub fn deliver(cpu: &mut Cpu, io: &dyn CpuIo, mut event: Event) {
+    // The interpreter may not have run since the address space or the state changed.
+    cpu.refresh_translation();
     cpu.activity = Activity::Active;
     cpu.interrupt_shadow = false;
     cpu.system.debug_shadow = false;

@@ -279,15 +279,16 @@ fn load_segments(cpu: &mut Cpu, io: &dyn CpuIo, image: &Image) -> Outcome {
     }
     let code = image.segments[seg::CS];
     let cpl = code as u8 & 3;
+    cpu.segments[seg::CS] = task_code(cpu, io, code)?;
+    cpu.refresh_mode();
     cpu.segments[seg::SS] = task_stack(cpu, io, image.segments[seg::SS], cpl)?;
+    cpu.refresh_mode();
     for register in [seg::ES, seg::DS, seg::FS, seg::GS] {
         let selector = image.segments[register];
         if !is_null(selector) {
             cpu.segments[register] = task_data(cpu, io, selector, cpl)?;
         }
     }
-    cpu.segments[seg::CS] = task_code(cpu, io, code)?;
-    cpu.refresh_mode();
     Ok(())
 }
 

@@ -22,7 +22,7 @@ use atoll_machine::cpu::model::{CpuModel, HostCpu, Vendor};
 use atoll_machine::cpu::state::{CpuState, DescriptorTable, Segment, gpr, seg};
 use atoll_machine::cpu::topology::Topology;
 use atoll_machine::inputs::InputGate;
-use atoll_machine::interrupt::EoiSink;
+use atoll_machine::interrupt::{EoiSink, ExtIntSource};
 use atoll_machine::memory::{AddressSpace, RamBlock};
 use atoll_machine::time::VirtualClock;
 use iced_x86::code_asm::*;
@@ -139,6 +139,14 @@ impl Machine {
     }
 
     pub(crate) fn with(vendor: Vendor, cpus: u32) -> Self {
+        Self::build(vendor, cpus, None)
+    }
+
+    pub(crate) fn with_extint(extint: Arc<dyn ExtIntSource>) -> Self {
+        Self::build(Vendor::Intel, 1, Some(extint))
+    }
+
+    fn build(vendor: Vendor, cpus: u32, extint: Option<Arc<dyn ExtIntSource>>) -> Self {
         let memory = AddressSpace::new();
         let ram = RamBlock::new_shared("ram", 16 << 20).unwrap();
         memory.map_ram(0, &ram, 0, 16 << 20, 0).unwrap();
@@ -152,7 +160,7 @@ impl Machine {
                 topology,
                 clock: clock.clone(),
                 inputs: InputGate::live(),
-                extint: None,
+                extint,
                 eoi: Some(eois.clone()),
             })
             .unwrap();

@@ -4,8 +4,12 @@
 //! on the log port and in the registers. [`guest`] builds the surroundings: descriptor tables, page tables,
 //! and handlers that record every event.
 
+mod apic;
 mod debug;
 mod events;
 mod guest;
+mod legacy;
 mod modes;
 mod rings;
+mod smp;
+mod state;
