@@ -57,12 +57,6 @@ impl SoftwareVcpu {
         Self { cpu, mailbox, poll: MIN_POLL }
     }
 
-    /// The runtime state, for tests of this crate.
-    #[cfg(test)]
-    pub(crate) fn cpu(&mut self) -> &mut Cpu {
-        &mut self.cpu
-    }
-
     /// Takes what other threads asked for.
     fn take_requests(&mut self) {
         if !self.mailbox.has_request() {

@@ -229,11 +229,7 @@ pub(crate) fn write_base(cpu: &mut Cpu, value: u64) -> Outcome {
     let allowed = physical & !0xfff | BASE_BSP | BASE_X2APIC | BASE_ENABLE;
     const MODE: u64 = BASE_ENABLE | BASE_X2APIC;
     let old = cpu.system.lapic.base();
-    let valid = match (old & MODE, value & MODE) {
-        (_, BASE_X2APIC) => false,
-        (MODE, BASE_ENABLE) | (0, MODE) => false,
-        _ => true,
-    };
+    let valid = !matches!((old & MODE, value & MODE), (_, BASE_X2APIC) | (MODE, BASE_ENABLE) | (0, MODE));
     if value & !allowed != 0 || !valid {
         return Err(Exception::GP0);
     }

@@ -150,7 +150,7 @@ fn check_bitmap(cpu: &mut Cpu, io: &dyn CpuIo, port: u16, size: u32) -> Outcome 
     }
     let linear = table_address(cpu, tr.base, byte);
     let bits = load(cpu, io, linear, 2, Access::SystemRead)?;
-    let mask = (1u64 << size) - 1 << (port & 7);
+    let mask = ((1u64 << size) - 1) << (port & 7);
     if bits & mask != 0 { Err(Exception::GP0) } else { Ok(()) }
 }
 

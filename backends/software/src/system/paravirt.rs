@@ -192,7 +192,7 @@ mod tests {
             let (factor, shift) = scale(khz);
             let ticks = u64::from(khz) * 1000 * 3600; // one hour
             let shifted = if shift < 0 { ticks >> -shift } else { ticks << shift };
-            let ns = (u128::from(shifted) * u128::from(factor) >> 32) as u64;
+            let ns = ((u128::from(shifted) * u128::from(factor)) >> 32) as u64;
             let error = ns.abs_diff(3_600_000_000_000);
             assert!(error < 2000, "{khz} kHz: off by {error} ns per hour");
             assert!(factor >= 1 << 31, "{khz} kHz: factor {factor:#x}");

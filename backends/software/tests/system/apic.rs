@@ -99,8 +99,8 @@ fn register_page_works_and_moves_and_disappears_in_x2apic_mode() {
     let mut m = Machine::new();
     m.long_surroundings();
     // Map the page at 0xfee00000 and one at 0xfed00000: 2 MiB entries of the table for 3 to 4 GiB.
-    m.write64(TABLES + 0x1000 + 3 * 8, TABLES + 0x3000 | 7);
-    m.write64(TABLES + 0x3000 + 0x1f7 * 8, 0xfee0_0087 & !0x1f_0000);
+    m.write64(TABLES + 0x1000 + 3 * 8, (TABLES + 0x3000) | 7);
+    m.write64(TABLES + 0x3000 + 0x1f7 * 8, 0xfee0_0087 & !0x1f_0000u64);
     m.write64(TABLES + 0x3000 + 0x1f6 * 8, 0xfec0_0087);
     m.run_from_code(|a| {
         a.mov(ebx, 0xfee0_0000u32)?;
@@ -249,7 +249,7 @@ fn legacy_interrupts_pass_lint0_only_as_extint() {
         let mut m = Machine::with_extint(Arc::new(Pic));
         m.long_surroundings();
         let at = STUBS + 0x4000;
-        m.assemble_at(64, at, |a| exit(a));
+        m.assemble_at(64, at, exit);
         m.continue_at(0x28, at);
         m.continue_at(0x55, at);
         m.assemble_at(64, CODE, |a| {

@@ -122,14 +122,13 @@ fn software_interrupt_checks_the_gate_and_returns() {
     m.long_surroundings();
     let iret = m.iret64();
     m.continue_at(0x80, iret);
-    let mut m2 = m;
-    m2.run_from_code(|a| {
+    m.run_from_code(|a| {
         a.int(0x80)?;
         a.mov(eax, 7)?;
         a.out(0xe9, eax)
     });
-    assert_eq!((m2.exit_code(), m2.log()), (DONE, vec![7]));
-    assert_eq!(m2.events()[0].rip, CODE + 2);
+    assert_eq!((m.exit_code(), m.log()), (DONE, vec![7]));
+    assert_eq!(m.events()[0].rip, CODE + 2);
 }
 
 #[test]

@@ -41,7 +41,6 @@ pub(crate) const USER_STACK: u64 = 0x7c000;
 pub(crate) const CODE: u64 = 0x100000;
 pub(crate) const USER_CODE: u64 = 0x180000;
 pub(crate) const EXIT_PORT: u16 = 0xf4;
-pub(crate) const LOG_PORT: u16 = 0xe9;
 
 /// Selectors of the GDT.
 pub(crate) mod sel {
@@ -52,11 +51,7 @@ pub(crate) mod sel {
     pub(crate) const USER_DATA: u16 = 0x28 | 3;
     pub(crate) const USER64: u16 = 0x30 | 3;
     pub(crate) const TSS: u16 = 0x38;
-    pub(crate) const CODE16: u16 = 0x48;
-    pub(crate) const DATA16: u16 = 0x50;
     pub(crate) const FREE: u16 = 0x58;
-    pub(crate) const FREE2: u16 = 0x60;
-    pub(crate) const FREE3: u16 = 0x68;
 }
 
 /// What a guest wrote.
@@ -121,7 +116,6 @@ pub(crate) struct Machine {
     pub(crate) eois: Arc<Eois>,
     pub(crate) io: Io,
     pub(crate) vcpu: SoftwareVcpu,
-    pub(crate) topology: Topology,
 }
 
 /// The features of the newest model, whatever this host has: tests here use no vector arithmetic.
@@ -165,7 +159,7 @@ impl Machine {
             })
             .unwrap();
         let vcpu = partition.create_vcpu(0).unwrap();
-        let machine = Self { partition, memory, clock, eois, io: Io::default(), vcpu, topology };
+        let machine = Self { partition, memory, clock, eois, io: Io::default(), vcpu };
         machine.write_tables();
         machine
     }
@@ -209,8 +203,8 @@ impl Machine {
             self.write64(GDT + n * 8, raw);
         }
         // Level 4, level 3, then 2 MiB pages.
-        self.write64(TABLES, TABLES + 0x1000 | 7);
-        self.write64(TABLES + 0x1000, TABLES + 0x2000 | 7);
+        self.write64(TABLES, (TABLES + 0x1000) | 7);
+        self.write64(TABLES + 0x1000, (TABLES + 0x2000) | 7);
         for n in 0..512 {
             self.write64(TABLES + 0x2000 + n * 8, n << 21 | 0x87);
         }

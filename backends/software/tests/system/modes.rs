@@ -101,7 +101,7 @@ fn control_registers_refuse_reserved_and_inconsistent_bits() {
     ];
     for (n, build) in cases.into_iter().enumerate() {
         let mut m = Machine::new();
-        m.run_long(|a| build(a));
+        m.run_long(build);
         assert_eq!(m.vectors(), [(13, 0)], "case {n}");
     }
 }
@@ -263,7 +263,7 @@ fn hidden_instructions_are_undefined() {
     let cases: [Build; 5] = [|a| a.monitor(), |a| a.mwait(), |a| a.rsm(), |a| a.vmrun(), |a| a.rdpid(rax)];
     for (n, build) in cases.into_iter().enumerate() {
         let mut m = Machine::new();
-        m.run_long(|a| build(a));
+        m.run_long(build);
         assert_eq!(m.vectors(), [(6, 0)], "case {n}");
     }
 }

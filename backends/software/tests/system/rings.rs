@@ -41,7 +41,7 @@ fn privileged_instructions_fault_in_ring_3() {
     for (n, (build, vector)) in cases.into_iter().enumerate() {
         let mut m = Machine::new();
         m.long_surroundings();
-        m.assemble_at(64, USER_CODE, |a| build(a));
+        m.assemble_at(64, USER_CODE, build);
         let state = user_state(&m);
         m.run_from(&state);
         let e = m.events()[0];
