@@ -1,7 +1,8 @@
 //! Running other programs, and finding the repository they run in.
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
@@ -31,6 +32,26 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
         bail!("`{text}` ended with {status}");
     }
     Ok(())
+}
+
+/// Runs to the end, collecting what it prints; ends it after `patience`.
+///
+/// # Errors
+/// If it cannot be started or did not end in time.
+pub(crate) fn output_within(mut command: Command, patience: Duration) -> Result<Output> {
+    let text = show(&command);
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().with_context(|| format!("cannot start `{text}`"))?;
+    let deadline = Instant::now() + patience;
+    while child.try_wait().with_context(|| format!("cannot wait for `{text}`"))?.is_none() {
+        if Instant::now() > deadline {
+            let _ = child.kill();
+            let _ = child.wait();
+            bail!("`{text}` did not end within {} s", patience.as_secs());
+        }
+        std::thread::sleep(Duration::from_micros(200));
+    }
+    child.wait_with_output().with_context(|| format!("cannot wait for `{text}`"))
 }
 
 /// The command as one would type it.

@@ -1,7 +1,7 @@
 //! The scenarios: what a guest must be able to do, and what the program must say when asked for nonsense.
 
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -10,6 +10,7 @@ use atoll_guests::{Cache, GuestKernel, debian, initramfs, kernel};
 use super::machine::{Machine, Spec, Vmm};
 use super::{Lane, Scenario};
 use crate::guests::{Lines, fetch};
+use crate::process::output_within;
 
 /// What no guest may print: the kernel's own words for "this machine is broken".
 const BAD_SIGNS: [&str; 10] = [
@@ -183,23 +184,9 @@ fn refused(lane: &Lane, spec: &Spec, what: &str) -> Result<()> {
     refused_command(lane.vmm.command(spec), what)
 }
 
-fn refused_command(mut command: Command, what: &str) -> Result<()> {
-    let mut child = command
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .context("cannot start atoll")?;
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while child.try_wait().context("cannot wait")?.is_none() {
-        if Instant::now() > deadline {
-            let _ = child.kill();
-            let _ = child.wait();
-            bail!("was not refused ({what})");
-        }
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    let output = child.wait_with_output().context("cannot wait")?;
+fn refused_command(command: Command, what: &str) -> Result<()> {
+    let output =
+        output_within(command, Duration::from_secs(20)).with_context(|| format!("{what} was not refused"))?;
     let errors = String::from_utf8_lossy(&output.stderr).into_owned();
     ensure!(
         output.status.code() == Some(2),
@@ -231,10 +218,20 @@ fn bad_input(lane: &Lane) -> Result<()> {
         &path(directory.path()),
     )?;
     refused(lane, &Spec { memory_mib: 1 << 30, ..base.clone() }, "memory")?;
+    // A size that the machine could have, on a host that has half of it.
+    refused(lane, &Spec { memory_mib: host_memory_mib()? * 2, ..base.clone() }, "memory")?;
     refused(lane, &extra(&["--cpu", "no-such-model"]), "no-such-model")?;
     let left: Vec<_> = std::fs::read_dir(directory.path()).context("cannot read")?.flatten().collect();
     ensure!(left.len() == 1, "something was left behind: {left:?}");
     Ok(())
+}
+
+fn host_memory_mib() -> Result<u32> {
+    let text = std::fs::read_to_string("/proc/meminfo").context("cannot read /proc/meminfo")?;
+    let kib = text
+        .lines()
+        .find_map(|l| l.strip_prefix("MemTotal:")?.split_whitespace().next()?.parse::<u64>().ok());
+    Ok(u32::try_from(kib.context("no MemTotal in /proc/meminfo")? / 1024)?)
 }
 
 fn debian_login(lane: &Lane) -> Result<()> {
