@@ -36,6 +36,8 @@
 use std::sync::{Mutex, MutexGuard};
 
 pub mod acpi_pm;
+#[cfg(any(test, feature = "test-utils"))]
+pub mod board;
 pub mod debug_exit;
 pub mod debug_port;
 pub mod gsi;
