@@ -90,7 +90,7 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// A processor in its power-on state with `mib` MiB of RAM.
+    /// A processor in its power-on state, general registers cleared, with `mib` MiB of RAM.
     ///
     /// # Panics
     /// If the host lacks memory or the default CPU model's features.
@@ -116,7 +116,9 @@ impl Machine {
             extint: None,
             eoi: None,
         });
-        Self { cpu: Cpu::new(shared, 0).expect("executable memory"), ram, io: Recorder::default() }
+        let mut cpu = Cpu::new(shared, 0).expect("executable memory");
+        cpu.gpr = [0; 16];
+        Self { cpu, ram, io: Recorder::default() }
     }
 
     /// 64-bit mode at CPL 0: the first GiB mapped to itself by 2 MiB pages that everyone may read, write and
@@ -214,6 +216,7 @@ impl Machine {
         let at = self.code_address();
         self.write(at, code);
         self.cpu.rip = at;
+        self.cpu.activity = Default::default();
         let real = self.cpu.mode.bits == 16;
         self.cpu.gpr[gpr::RSP] = if real { 0x7000 } else { STACK };
     }
@@ -242,7 +245,6 @@ impl Machine {
         let mut bytes = code.to_vec();
         bytes.push(0xf4);
         self.load_code(&bytes);
-        self.cpu.activity = Default::default();
         let leave = self.run();
         assert_eq!(leave, Leave::Inactive, "at {:#x}", self.cpu.rip);
     }

@@ -37,7 +37,7 @@ impl Blocks {
         if let Some(at) = found
             && self.revalidate(cpu, at, linear)?
         {
-            self.learn(linear, cpu.exec.context, at);
+            self.learn(linear, cpu.fetch_context(linear), at);
             return Ok(at);
         }
         if let Some(at) = found {
@@ -45,14 +45,14 @@ impl Blocks {
         }
         cpu.mmu.note_decoded(fetch.frame >> 12);
         let at = self.build(cpu, io, linear, fetch.host, fetch.frame)?;
-        self.learn(linear, cpu.exec.context, at);
+        self.learn(linear, cpu.fetch_context(linear), at);
         Ok(at)
     }
 
     /// Whether the bytes that block `at` was decoded from are still there; adopts the pages' versions if so.
     fn revalidate(&mut self, cpu: &mut Cpu, at: u32, linear: u64) -> Outcome<bool> {
         let Some(block) = self.blocks.get(at as usize).copied() else { return Ok(false) };
-        if block.current() {
+        if block.second == NONE && block.page.current() {
             return Ok(true);
         }
         let start = block.bytes_at as usize;
@@ -61,18 +61,23 @@ impl Blocks {
         let page = self.protect(block.page);
         let mut now = [0; MAX_BLOCK_BYTES + 16];
         raw::copy_out(block.host, &mut now[..first]);
+        let mut second = None;
         if block.second != NONE {
             let fetch = cpu.translate_fetch(cpu.linear_page_after(linear))?;
-            let Some(second) = self.seconds.get(block.second as usize).copied() else { return Ok(false) };
-            if fetch.host != second.page {
+            let Some(kept_second) = self.seconds.get(block.second as usize).copied() else {
+                return Ok(false);
+            };
+            if fetch.host != kept_second.page {
                 return Ok(false);
             }
-            let second = self.protect(second);
-            raw::copy_out(second.page, &mut now[first..kept.len()]);
-            self.seconds[block.second as usize] = second;
+            second = Some(self.protect(kept_second));
+            raw::copy_out(kept_second.page, &mut now[first..kept.len()]);
         }
         if now[..kept.len()] != kept[..] {
             return Ok(false);
+        }
+        if let (Some(second), Some(slot)) = (second, self.seconds.get_mut(block.second as usize)) {
+            *slot = second;
         }
         if let Some(block) = self.blocks.get_mut(at as usize) {
             block.page = page;

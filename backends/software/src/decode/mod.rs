@@ -11,7 +11,7 @@
 //! A block is a straight run of instructions up to a control transfer, a system instruction, the end of the
 //! page, or [`MAX_OPS`]. An instruction that straddles pages is a block of its own, checked against both pages.
 //! Because blocks are keyed by the identity of physical memory, they survive changes of address space; the
-//! jump table in front depends on [`Mmu::fetch_context`](crate::mmu::Mmu) and is relearned.
+//! jump table in front depends on [`Mmu::fetch_contexts`](crate::mmu::Mmu) and is relearned.
 //!
 //! Writers of code are noticed by the page's code version (see `RamBlock`): a block whose page has another
 //! version is compared byte by byte with what it was decoded from, so data next to code costs a compare, not
@@ -113,6 +113,14 @@ struct PageVersion {
     frame_in_ram: u32,
 }
 
+impl PageVersion {
+    /// Whether nobody stored to the page since.
+    #[inline(always)]
+    fn current(&self) -> bool {
+        self.version.counter() == self.seen
+    }
+}
+
 /// A decoded run.
 #[derive(Clone, Copy)]
 pub(crate) struct Block {
@@ -140,10 +148,6 @@ impl Block {
     #[inline(always)]
     pub(crate) fn len(&self) -> u64 {
         u64::from(self.bytes)
-    }
-    #[inline(always)]
-    fn current(&self) -> bool {
-        self.second == NONE && self.page.version.counter() == self.page.seen
     }
 }
 
@@ -233,7 +237,9 @@ impl Blocks {
             return None;
         }
         let block = self.blocks.get(jump.block as usize)?;
-        block.current().then_some(jump.block)
+        // The second page's translation is that of when the jump was learned, as its context says.
+        let second = block.second == NONE || self.seconds.get(block.second as usize)?.current();
+        (block.page.current() && second).then_some(jump.block)
     }
 
     /// A block's ops.

@@ -1,12 +1,16 @@
 //! Which instructions the CPU model has: iced's feature names against the model's.
 
 use atoll_machine::cpu::model::{CpuModel, Feature, Vendor};
-use iced_x86::{CpuidFeature, DecoderOptions, Instruction, Mnemonic};
+use iced_x86::{Code, CpuidFeature, DecoderOptions, Instruction, Mnemonic, OpKind};
 
 /// Whether the model has every feature that the instruction needs; #UD if not.
 pub(super) fn allows(model: &CpuModel, insn: &Instruction, bits: u32) -> bool {
     match insn.mnemonic() {
         // Hint encodings are NOPs on every processor.
+        // AMD processors have no register form of PREFETCH.
+        Mnemonic::Reservednop if insn.op0_kind() == OpKind::Register && is_prefetch(insn.code()) => {
+            return model.vendor != Vendor::Amd;
+        }
         Mnemonic::Reservednop
         | Mnemonic::Nop
         | Mnemonic::Pause
@@ -20,6 +24,14 @@ pub(super) fn allows(model: &CpuModel, insn: &Instruction, bits: u32) -> bool {
         Need::Feature(f) => model.has(f),
         Need::Absent => false,
     })
+}
+
+/// 0F 0D.
+fn is_prefetch(code: Code) -> bool {
+    matches!(
+        code,
+        Code::Reservednop_rm16_r16_0F0D | Code::Reservednop_rm32_r32_0F0D | Code::Reservednop_rm64_r64_0F0D
+    )
 }
 
 /// Options of iced's decoder that follow from the model.

@@ -15,7 +15,8 @@ use super::model::{self, is_vector};
 use super::{Op, REG_NONE, REG_RIP, select_control, select_data};
 use crate::cpu::Cpu;
 use crate::execute::operand::{
-    ANY, BASE, FLAG_ANY, FLAG_LOCK, FLAG_MEMORY, LONG, address_size, is_memory, register_code, segment_code,
+    ANY, BASE, FLAG_ANY, FLAG_LOCK, FLAG_MEMORY, LONG, address_size, data_segment, is_memory, register_code,
+    segment_code,
 };
 use crate::execute::{Handler, rare};
 
@@ -90,7 +91,7 @@ pub(super) struct Source<'a> {
 impl Source<'_> {
     /// Addressing form of the memory operand.
     pub(super) fn form(&self) -> u8 {
-        let segment = self.insn.memory_segment();
+        let segment = data_segment(self.insn, self.bits);
         if self.bits != 64 || self.address_size != 8 {
             return ANY;
         }
@@ -152,7 +153,7 @@ impl Source<'_> {
         if self.form() == ANY {
             op.flags |= FLAG_ANY;
         }
-        op.segment = segment_code(insn.memory_segment()) as u8;
+        op.segment = segment_code(data_segment(insn, self.bits)) as u8;
         if insn.op0_kind() != OpKind::Memory && !(0..insn.op_count()).any(|i| self.kind(i) == OpKind::Memory)
         {
             return;
@@ -204,7 +205,7 @@ pub(super) fn select(cpu: &Cpu, insn: &Instruction, kept: &mut Vec<Instruction>)
     if let Some(op) = found {
         return (op, false);
     }
-    let vector = vex || insn.cpuid_features().iter().any(|&f| is_vector(f));
+    let vector = vex || insn.mnemonic() == Mnemonic::Wait || insn.cpuid_features().iter().any(|&f| is_vector(f));
     let vector = vector && !matches!(insn.mnemonic(), Mnemonic::Xgetbv | Mnemonic::Xsetbv);
     let mut op = Op::new(if vector { rare::vector } else { rare::system });
     op.imm = kept.len() as u64;

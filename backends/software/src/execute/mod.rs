@@ -99,8 +99,8 @@ pub struct ExecState {
     pub(crate) rip_mask: u64,
     /// See [`crate::decode::key`].
     pub(crate) key: u32,
-    /// What the jump table's entries were learned under.
-    pub(crate) context: u64,
+    /// What the jump table's entries were learned under, for each half of the linear address space.
+    contexts: [u64; 2],
 }
 
 impl Default for ExecState {
@@ -113,7 +113,7 @@ impl Default for ExecState {
             code_limit: 0,
             rip_mask: 0,
             key: 0,
-            context: 0,
+            contexts: [0; 2],
         }
     }
 }
@@ -162,6 +162,12 @@ impl Cpu {
         self.rip.wrapping_add(self.exec.code_base) & self.exec.rip_mask
     }
 
+    /// What the jump table's entry for `linear` must have been learned under.
+    #[inline(always)]
+    pub(crate) fn fetch_context(&self, linear: u64) -> u64 {
+        self.exec.contexts[(linear >> 63) as usize]
+    }
+
     /// First byte of the page after that of `linear`.
     pub(crate) fn linear_page_after(&self, linear: u64) -> u64 {
         ((linear | 0xfff).wrapping_add(1)) & self.exec.rip_mask
@@ -176,7 +182,9 @@ impl Cpu {
         self.exec.code_limit = if long { u64::MAX } else { u64::from(cs.limit) };
         self.exec.rip_mask = if long { u64::MAX } else { 0xffff_ffff };
         self.exec.key = crate::decode::key(self);
-        self.exec.context = self.mmu.fetch_context() ^ u64::from(self.exec.key) << 58;
+        let key = u64::from(self.exec.key) << 58;
+        self.exec.contexts = self.mmu.fetch_contexts().map(|context| context ^ key);
+        self.exec.physical_bits = u32::from(self.shared.model.physical_bits());
     }
 }
 
@@ -211,7 +219,8 @@ fn run_blocks(cpu: &mut Cpu, io: &dyn CpuIo, blocks: &mut Blocks, limit: u64) ->
         if budget == 0 {
             return if cpu.retired >= cpu.budget_end { Leave::Budget } else { Leave::Events };
         }
-        let at = match blocks.known(cpu.fetch_linear(), cpu.exec.context) {
+        let linear = cpu.fetch_linear();
+        let at = match blocks.known(linear, cpu.fetch_context(linear)) {
             Some(at) => at,
             None => match blocks.find(cpu, io) {
                 Ok(at) => at,
@@ -316,3 +325,6 @@ fn leave_block_otherwise(cpu: &mut Cpu, flow: Flow, op: &Op, executed: u64) -> O
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

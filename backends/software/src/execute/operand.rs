@@ -34,6 +34,19 @@ pub fn segment_code(register: Register) -> usize {
     }
 }
 
+/// Segment of the memory operand: 64-bit code ignores all overrides but FS and GS, so that faults are those of
+/// the base register's own segment (AMD APM vol. 1, 2.1.2).
+pub fn data_segment(instruction: &Instruction, bits: u32) -> Register {
+    let segment = instruction.memory_segment();
+    if bits != 64 || matches!(segment, Register::FS | Register::GS) {
+        return segment;
+    }
+    match instruction.memory_base() {
+        Register::RSP | Register::RBP | Register::ESP | Register::EBP => Register::SS,
+        _ => Register::DS,
+    }
+}
+
 /// Value of a general register, zero-extended.
 pub fn read_register(cpu: &Cpu, register: Register) -> u64 {
     let code = register_code(register);
@@ -87,7 +100,7 @@ fn mask_of(size: u32) -> u64 {
 /// RIP-relative to [`Cpu::next_rip`]. A vector index (VSIB) is left out. The instruction was decoded with
 /// IP 0.
 pub fn effective_address(cpu: &Cpu, instruction: &Instruction, operand: u32) -> (usize, u64) {
-    let source = segment_code(instruction.memory_segment());
+    let source = segment_code(data_segment(instruction, cpu.mode.bits));
     let by = |segment: usize, register: usize, size: u32| (segment, cpu.gpr[register] & mask_of(size));
     match instruction.op_kind(operand) {
         OpKind::MemorySegSI => by(source, gpr::RSI, 2),

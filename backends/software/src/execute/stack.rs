@@ -133,13 +133,8 @@ pub(crate) fn pop_m<T: Operand>(cpu: &mut Cpu, env: &Env<'_>, op: &Op) -> Flow {
 /// PUSHA, PUSHAD.
 pub(crate) fn push_all<T: Operand>(cpu: &mut Cpu, env: &Env<'_>, _: &Op) -> Flow {
     fn body<T: Operand>(cpu: &mut Cpu, env: &Env<'_>) -> Outcome {
-        let start = cpu.stack_pointer();
-        // The lowest element first: a fault then comes before anything is written, unless the middle page of
-        // a stack that crosses one is the absent one.
-        let low = start.wrapping_sub(8 * T::BYTES) & cpu.stack_mask();
-        let linear = cpu.linear(seg::SS, low, T::BYTES, Access::Write)?;
-        cpu.probe(env.io, linear, T::BYTES, Access::Write)?;
-        let mut sp = start;
+        // As processors do: one by one, so that a fault leaves what was written before it, RSP unchanged.
+        let mut sp = cpu.stack_pointer();
         for register in 0..8u8 {
             let value = T::get(cpu, register);
             sp = cpu.push_at(env, sp, value)?;
@@ -155,16 +150,15 @@ pub(crate) fn push_all<T: Operand>(cpu: &mut Cpu, env: &Env<'_>, _: &Op) -> Flow
 pub(crate) fn pop_all<T: Operand>(cpu: &mut Cpu, env: &Env<'_>, _: &Op) -> Flow {
     fn body<T: Operand>(cpu: &mut Cpu, env: &Env<'_>) -> Outcome {
         let mut sp = cpu.stack_pointer();
-        let mut values = [T::default(); 8];
-        for value in values.iter_mut().rev() {
-            (*value, sp) = cpu.pop_at(env, sp)?;
+        // As processors do: one by one, so that a fault leaves what was read before it, RSP unchanged.
+        for register in (0..8u8).rev() {
+            let (value, next) = cpu.pop_at::<T>(env, sp)?;
+            if usize::from(register) != gpr::RSP {
+                T::set(cpu, register, value);
+            }
+            sp = next;
         }
         cpu.set_stack_pointer(sp);
-        for (register, &value) in values.iter().enumerate() {
-            if register != gpr::RSP {
-                T::set(cpu, register as u8, value);
-            }
-        }
         Ok(())
     }
     let outcome = body::<T>(cpu, env);

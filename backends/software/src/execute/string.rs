@@ -258,9 +258,18 @@ pub(crate) fn scas<T: Arith>(cpu: &mut Cpu, env: &Env<'_>, op: &Op) -> Flow {
     })
 }
 
+/// The port's permission counts even when a repeated instruction has nothing to do.
+fn permit_port<T: Operand>(cpu: &mut Cpu, env: &Env<'_>) -> Outcome {
+    let port = cpu.gpr[gpr::RDX] as u16;
+    crate::system::check_io_permission(cpu, env.io, port, T::BYTES as u32)
+}
+
 /// INS: permission for the port, then for the memory, then the device.
 pub(crate) fn ins<T: Operand>(cpu: &mut Cpu, env: &Env<'_>, op: &Op) -> Flow {
     let shape = Shape::of::<T>(cpu, op);
+    if let Err(exception) = permit_port::<T>(cpu, env) {
+        return cpu.fault(exception);
+    }
     repeat(cpu, shape, |cpu, _| {
         let port = cpu.gpr[gpr::RDX] as u16;
         crate::system::check_io_permission(cpu, env.io, port, T::BYTES as u32)?;
@@ -279,6 +288,9 @@ pub(crate) fn ins<T: Operand>(cpu: &mut Cpu, env: &Env<'_>, op: &Op) -> Flow {
 /// OUTS: permission for the port, then the memory, then the device.
 pub(crate) fn outs<T: Operand>(cpu: &mut Cpu, env: &Env<'_>, op: &Op) -> Flow {
     let shape = Shape::of::<T>(cpu, op);
+    if let Err(exception) = permit_port::<T>(cpu, env) {
+        return cpu.fault(exception);
+    }
     repeat(cpu, shape, |cpu, _| {
         let port = cpu.gpr[gpr::RDX] as u16;
         crate::system::check_io_permission(cpu, env.io, port, T::BYTES as u32)?;

@@ -182,6 +182,7 @@ impl Cpu {
     /// Fetch translation of `linear` at the current privilege; the walk's #PF names `linear` itself.
     pub(crate) fn translate_fetch(&mut self, linear: u64) -> Outcome<FetchEntry> {
         let user = self.mode.cpl == 3;
+        self.mmu.note_fetched(linear);
         if let Some(entry) = self.mmu.find_fetch(user, linear) {
             return Ok(entry);
         }

@@ -40,3 +40,6 @@ pub(crate) struct ViewCache {
     pub(crate) view: Arc<FlatView>,
     pub(crate) generation: Option<u64>,
 }
+
+#[cfg(test)]
+mod walk_tests;

@@ -228,7 +228,6 @@ impl Mmu {
     ) -> FetchEntry {
         let entry = FetchEntry { tag: self.page_tag(linear), host, frame };
         self.note_fill(linear, shift, global);
-        bloom_set(&mut self.fetched, linear >> 12);
         self.fetch[fetch_index(user, linear)] = entry;
         entry
     }
@@ -243,11 +242,15 @@ impl Mmu {
         }
     }
 
-    /// Stands for everything that instruction fetches depend on: equal values mean that linear addresses
-    /// lead to the same code. 32 bits of serial, then both spaces.
-    #[inline(always)]
-    pub(crate) fn fetch_context(&self) -> u64 {
-        u64::from(self.fetch_serial) << 32 | self.spaces[0] << 12 | self.spaces[1]
+    /// Stands for everything that instruction fetches from a half of the linear address space depend on: equal
+    /// values mean that linear addresses lead to the same code. 32 bits of serial, then the space.
+    pub(crate) fn fetch_contexts(&self) -> [u64; 2] {
+        self.spaces.map(|space| u64::from(self.fetch_serial) << 32 | space)
+    }
+
+    /// Notes that code at `linear` may be remembered under the current contexts.
+    pub(crate) fn note_fetched(&mut self, linear: u64) {
+        bloom_set(&mut self.fetched, linear >> 12);
     }
 
     /// A number that no entry carries. When they run out, everything is forgotten and numbering starts over.
