@@ -12,11 +12,18 @@ use crate::bar::{BarMapper, BarMapping, BarTarget};
 pub(crate) const BAR_PRIORITY: i32 = -2;
 
 /// Maps BARs into an [`AddressSpace`] and a [`PortBus`].
+///
+/// It refers to both weakly: they own the devices that are mapped into them, and a device owns its mapper.
 pub struct PciBarMapper {
-    /// Where memory BARs go.
-    pub memory: Arc<AddressSpace>,
-    /// Where I/O BARs go.
-    pub ports: Arc<PortBus>,
+    memory: Weak<AddressSpace>,
+    ports: Weak<PortBus>,
+}
+
+impl PciBarMapper {
+    /// Memory BARs go to `memory`, I/O BARs to `ports`.
+    pub fn new(memory: &Arc<AddressSpace>, ports: &Arc<PortBus>) -> Arc<Self> {
+        Arc::new(Self { memory: Arc::downgrade(memory), ports: Arc::downgrade(ports) })
+    }
 }
 
 struct Memory(Weak<AddressSpace>, RegionId);
@@ -41,13 +48,14 @@ impl BarMapper for PciBarMapper {
     fn map(&self, address: u64, size: u64, target: &BarTarget) -> Option<BarMapping> {
         match target {
             BarTarget::Mmio(device) => {
-                let id = self.memory.map_mmio(address, size, device.clone(), BAR_PRIORITY).ok()?;
-                Some(Box::new(Memory(Arc::downgrade(&self.memory), id)))
+                let memory = self.memory.upgrade()?;
+                let id = memory.map_mmio(address, size, device.clone(), BAR_PRIORITY).ok()?;
+                Some(Box::new(Memory(self.memory.clone(), id)))
             }
             BarTarget::Ports(device) => {
                 let first = u16::try_from(address).ok()?;
-                self.ports.register(first, u16::try_from(size).ok()?, device.clone()).ok()?;
-                Some(Box::new(Ports(Arc::downgrade(&self.ports), first)))
+                self.ports.upgrade()?.register(first, u16::try_from(size).ok()?, device.clone()).ok()?;
+                Some(Box::new(Ports(self.ports.clone(), first)))
             }
         }
     }
@@ -60,21 +68,22 @@ mod tests {
 
     #[test]
     fn mappings_answer_until_dropped() {
-        let mapper = PciBarMapper { memory: AddressSpace::new(), ports: Arc::new(PortBus::new()) };
+        let (space, bus) = (AddressSpace::new(), Arc::new(PortBus::new()));
+        let mapper = PciBarMapper::new(&space, &bus);
         let mut b = [1; 4];
         let memory = mapper.map(0xc000_0000, 0x1000, &BarTarget::Mmio(Arc::new(Nothing)));
-        mapper.memory.mmio_read(0xc000_0010, &mut b);
+        space.mmio_read(0xc000_0010, &mut b);
         assert_eq!(b, [0; 4]);
         drop(memory);
-        mapper.memory.mmio_read(0xc000_0010, &mut b);
+        space.mmio_read(0xc000_0010, &mut b);
         assert_eq!(b, [0xff; 4]);
 
         let ports = mapper.map(0xc000, 0x40, &BarTarget::Ports(Arc::new(Nothing)));
-        mapper.ports.read(0xc03c, &mut b);
+        bus.read(0xc03c, &mut b);
         assert_eq!(b, [0; 4]);
         assert!(mapper.map(0xc020, 0x40, &BarTarget::Ports(Arc::new(Nothing))).is_none(), "ports in use");
         drop(ports);
-        mapper.ports.read(0xc03c, &mut b);
+        bus.read(0xc03c, &mut b);
         assert_eq!(b, [0xff; 4]);
     }
 }

@@ -163,10 +163,10 @@ impl Board {
     /// Host bridge, LPC bridge, and a watchdog behind a root port at 00:1c.0.
     fn add_pci(&mut self, gsi: &Arc<Gsi>, pm: Arc<AcpiPm>) {
         let (world, gate) = (self.world.clone(), InputGate::live());
-        let mapper = Arc::new(PciBarMapper { memory: self.memory.clone(), ports: self.ports.clone() });
+        let mapper = PciBarMapper::new(&self.memory, &self.ports);
         let host =
             HostBridge::new(&self.root, &self.memory, Arc::new(PamAlwaysRam), mapper.clone(), world.clone());
-        let bridge = LpcBridge::new(self.ports.clone(), pm, gsi.clone(), mapper.clone(), world.clone());
+        let bridge = LpcBridge::new(&self.ports, pm, gsi.clone(), mapper.clone(), world.clone());
         let port = RootPort::new(1, world.clone(), gate.clone(), mapper.clone(), world.clone());
         let watchdog = Watchdog::new(&self.timers, &gate, world.clone(), mapper, world);
         port.function().connect_intx(gsi.input(intx_gsi(28, 0)));

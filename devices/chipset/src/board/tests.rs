@@ -116,6 +116,17 @@ fn garbage_on_every_port_and_register_is_survived() {
 }
 
 #[test]
+fn a_dropped_board_leaves_nothing_behind() {
+    let b = Board::new();
+    b.assign();
+    let (root, memory) = (Arc::downgrade(&b.root), Arc::downgrade(&b.memory));
+    let (ports, world) = (Arc::downgrade(&b.ports), Arc::downgrade(&b.world));
+    drop(b);
+    assert_eq!((root.strong_count(), memory.strong_count(), ports.strong_count()), (0, 0, 0));
+    assert_eq!(world.strong_count(), 0);
+}
+
+#[test]
 fn intx_of_devices_behind_ports_lands_on_pci_wires() {
     for device in 0..32 {
         for pin in 0..4 {

@@ -22,7 +22,7 @@ struct Bench {
 
 fn bench() -> Bench {
     let (root, memory, pam) = (PciRoot::new(), AddressSpace::new(), Arc::new(PamLog::default()));
-    let mapper = Arc::new(PciBarMapper { memory: memory.clone(), ports: Arc::new(PortBus::new()) });
+    let mapper = PciBarMapper::new(&memory, &Arc::new(PortBus::new()));
     let bridge = HostBridge::new(&root, &memory, pam.clone(), mapper, Arc::new(MsiLog::default()));
     root.bus().attach(DEVFN, bridge.clone()).unwrap();
     Bench { bridge, _root: root, memory, pam }

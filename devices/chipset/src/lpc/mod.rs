@@ -4,7 +4,7 @@
 //! to ISA interrupts for guests that use the PIC. The other registers are stored, so that firmware reads back
 //! what it wrote. The devices behind the bridge (clock, timers, serial...) decode their fixed ports always.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 
 use atoll_machine::bus::PortBus;
 use atoll_machine::interrupt::MsiSink;
@@ -35,7 +35,7 @@ const RCBA: u16 = 0xf0;
 /// The bridge.
 pub struct LpcBridge {
     function: PciFunction,
-    ports: Arc<PortBus>,
+    ports: Weak<PortBus>,
     pm: Arc<AcpiPm>,
     gsi: Arc<Gsi>,
     /// First port of the power-management block while it is decoded.
@@ -45,7 +45,7 @@ pub struct LpcBridge {
 impl LpcBridge {
     /// A bridge that places `pm` on `ports` and routes wires of `gsi`.
     pub fn new(
-        ports: Arc<PortBus>,
+        ports: &Arc<PortBus>,
         pm: Arc<AcpiPm>,
         gsi: Arc<Gsi>,
         mapper: Arc<dyn BarMapper>,
@@ -85,7 +85,7 @@ impl LpcBridge {
         config.set_writable(0xdc, &[0x0f]);
         config.set_writable(RCBA, &[0x01, 0xc0, 0xff, 0xff]);
         let function = builder.build(mapper, msi);
-        Arc::new(Self { function, ports, pm, gsi, pm_at: Mutex::new(None) })
+        Arc::new(Self { function, ports: Arc::downgrade(ports), pm, gsi, pm_at: Mutex::new(None) })
     }
 
     /// Sets PMBASE and enables ACPI I/O, as firmware would.
@@ -110,11 +110,12 @@ impl LpcBridge {
         let wanted = (control & ACPI_ENABLE != 0 && base != 0).then_some(base);
         let mut at = lock(&self.pm_at);
         if *at != wanted {
+            let Some(ports) = self.ports.upgrade() else { return };
             if let Some(old) = at.take() {
-                self.ports.unregister(old);
+                ports.unregister(old);
             }
             if let Some(base) = wanted
-                && self.ports.register(base, acpi_pm::SIZE, self.pm.clone()).is_ok()
+                && ports.register(base, acpi_pm::SIZE, self.pm.clone()).is_ok()
             {
                 *at = Some(base);
             }

@@ -19,8 +19,8 @@ fn bench() -> Bench {
     let (time, pic, ports) = (Time::new(), Pic::new(), Arc::new(PortBus::new()));
     let gsi = Gsi::new(pic.clone(), IoApic::new());
     let pm = AcpiPm::new(&time.timers, &InputGate::live(), gsi.input(9), Requests::new(), true);
-    let mapper = Arc::new(PciBarMapper { memory: AddressSpace::new(), ports: ports.clone() });
-    let lpc = LpcBridge::new(ports.clone(), pm, gsi.clone(), mapper, Arc::new(MsiLog::default()));
+    let mapper = PciBarMapper::new(&AddressSpace::new(), &ports);
+    let lpc = LpcBridge::new(&ports, pm, gsi.clone(), mapper, Arc::new(MsiLog::default()));
     Bench { lpc, ports, gsi, pic }
 }
 

@@ -33,7 +33,7 @@ struct Bench {
 }
 
 fn bench() -> Bench {
-    let mapper = Arc::new(PciBarMapper { memory: AddressSpace::new(), ports: Arc::new(PortBus::new()) });
+    let mapper = PciBarMapper::new(&AddressSpace::new(), &Arc::new(PortBus::new()));
     let (removals, msi) = (Arc::new(Removals::default()), Arc::new(MsiLog::default()));
     let port = RootPort::new(3, removals.clone(), InputGate::live(), mapper.clone(), msi.clone());
     let root = PciRoot::new();

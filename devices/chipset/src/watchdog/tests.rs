@@ -16,7 +16,7 @@ const BAR: u64 = 0xfe00_0000;
 
 fn bench() -> Bench {
     let (time, requests, memory) = (Time::new(), Requests::new(), AddressSpace::new());
-    let mapper = Arc::new(PciBarMapper { memory: memory.clone(), ports: Arc::new(PortBus::new()) });
+    let mapper = PciBarMapper::new(&memory, &Arc::new(PortBus::new()));
     let msi = Arc::new(MsiLog::default());
     let dev = Watchdog::new(&time.timers, &InputGate::live(), requests.clone(), mapper, msi);
     dev.config_write(0x10, &(BAR as u32).to_le_bytes());

@@ -87,7 +87,7 @@ impl TestMachine {
         let space = AddressSpace::new();
         let ram = RamBlock::new_shared("test-ram", RAM_BYTES).expect("the host has 8 MiB");
         space.map_ram(0, &ram, 0, RAM_BYTES, 0).expect("an empty space has room");
-        let mapper = Arc::new(PciBarMapper { memory: space.clone(), ports: Arc::new(PortBus::new()) });
+        let mapper = PciBarMapper::new(&space, &Arc::new(PortBus::new()));
         Self { memory: GuestMemory::new(&space), space, inputs, mapper }
     }
 
