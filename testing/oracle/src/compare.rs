@@ -7,6 +7,7 @@
 //! | RF | the processor sets it in what it saves for a fault; the interpreter does so on delivery |
 //! | P in the error code of page faults at or above 0x7fff_ffff_f000 | Linux hides which kernel addresses are mapped |
 //! | x87 opcode and pointers (FOP, FIP, FDP) | models say that FXSAVE shows them with pending exceptions only; the kernel's XSAVE shows them always on processors with XSAVEERPTR |
+//! | RPL of null selectors | IRET from the kernel clears them: a program cannot keep one |
 //! | MXCSR_MASK | a property of the processor, not state |
 //! | bytes 416 to 511 and the header of the XSAVE area | the kernel's own |
 //! | upper halves of general registers in 32-bit and 16-bit code | undefined until 64-bit code runs again |
@@ -30,7 +31,7 @@ pub fn agree(case: &Case, host: &After, guest: &After) -> bool {
         && host.rip == guest.rip
         && (host.rflags ^ guest.rflags) & !RF == 0
         && gprs_agree(case, host, guest)
-        && host.selectors == guest.selectors
+        && selectors_agree(host, guest)
         && (host.selectors[1] != crate::layout::USER_CODE64
             || (host.fs_base, host.gs_base) == (guest.fs_base, guest.gs_base))
         && vectors_agree(&host.vectors, &guest.vectors)
@@ -47,6 +48,15 @@ fn gprs_agree(case: &Case, host: &After, guest: &After) -> bool {
     let mask = case.mode.register_mask();
     let count = case.mode.registers();
     host.gpr.iter().zip(&guest.gpr).take(count).all(|(h, g)| (h ^ g) & mask == 0)
+}
+
+/// A null selector is one selector, whatever its RPL.
+fn visible(selector: u16) -> u16 {
+    if selector < 4 { 0 } else { selector }
+}
+
+fn selectors_agree(host: &After, guest: &After) -> bool {
+    host.selectors.map(visible) == guest.selectors.map(visible)
 }
 
 /// Control, status, tags.
@@ -105,7 +115,7 @@ pub fn describe(case: &Case, host: &After, guest: &After) -> String {
     }
     line("rflags", flags(case.rflags), flags(host.rflags & !RF), flags(guest.rflags & !RF));
     for (i, name) in SEGMENTS.iter().enumerate() {
-        let show = |s: u16| format!("{s:#x}");
+        let show = |s: u16| format!("{:#x}", visible(s));
         line(name, show(case.selectors[i]), show(host.selectors[i]), show(guest.selectors[i]));
     }
     if host.selectors[1] == crate::layout::USER_CODE64 {

@@ -37,7 +37,8 @@ impl Eligibility {
 
     /// Whether a decoded instruction may run on both sides. Undecodable bytes may: they raise #UD or #GP.
     pub fn instruction(&self, instruction: &Instruction) -> bool {
-        instruction.is_invalid() || self.code(instruction.code()) && !enters_kernel(instruction)
+        instruction.is_invalid()
+            || self.code(instruction.code()) && !enters_kernel(instruction) && !prefixed_loop(instruction)
     }
 
     /// The encodings that can be generated for `mode`.
@@ -57,6 +58,12 @@ impl Eligibility {
 /// INT 0x80 is Linux's 32-bit system call; other gates refuse or are plain exceptions.
 fn enters_kernel(instruction: &Instruction) -> bool {
     instruction.mnemonic() == Mnemonic::Int && instruction.immediate8() == 0x80
+}
+
+/// A repeat prefix on LOOPE or LOOPNE is reserved; some processors let it change the condition.
+fn prefixed_loop(instruction: &Instruction) -> bool {
+    matches!(instruction.mnemonic(), Mnemonic::Loope | Mnemonic::Loopne)
+        && (instruction.has_rep_prefix() || instruction.has_repne_prefix())
 }
 
 /// Instructions whose outcome is not the processor's alone.
@@ -102,7 +109,9 @@ fn comparable(mnemonic: Mnemonic) -> bool {
     );
     // The kernel numbers processors in a descriptor of its own.
     let descriptor = matches!(mnemonic, M::Lsl);
-    !(kernel || identity || emulated || transfer || components || descriptor)
+    // Hypervisors that intercept #DB report it with the address of the instruction itself.
+    let intercepted = matches!(mnemonic, M::Int1);
+    !(kernel || identity || emulated || transfer || components || descriptor || intercepted)
 }
 
 /// Byte sequences that enter the kernel wherever execution may stumble over them.

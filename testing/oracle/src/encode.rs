@@ -34,7 +34,7 @@ impl Template {
             self.legacy(rng, mode, &mut bytes);
         }
         let at = bytes.len();
-        while bytes.len() < at + 12 {
+        while bytes.len() < (at + 12).max(MAX) {
             bytes.push(rng.byte());
         }
         self.shape_modrm(rng, &mut bytes[at..]);

@@ -38,6 +38,8 @@ struct Draft {
     case: Case,
     /// Registers whose value an earlier instruction depends on.
     fixed: u16,
+    /// An instruction left flags undefined.
+    undefined: bool,
 }
 
 impl Generator {
@@ -73,7 +75,7 @@ impl Generator {
             Modes::One(mode) => mode,
             Modes::All => rng.pick(&[Mode::Long, Mode::Long, Mode::Protected32, Mode::Protected16]),
         };
-        let mut draft = Draft { case: initial(&mut rng, mode), fixed: 0 };
+        let mut draft = Draft { case: initial(&mut rng, mode), fixed: 0, undefined: false };
         // Which patterns the pages have changes rarely: pages that a case leaves alone need no restoring.
         let mut slow = Rng::for_case(seed, index >> 8 | 1 << 63);
         draft.case.patterns = [0; 4].map(|_| slow.below(PATTERNS as u64) as u8);
@@ -95,6 +97,10 @@ impl Generator {
             if self.acceptable(&longer, mode, draft.case.start()) {
                 draft.case.code = longer;
             }
+            // Undefined flags must not reach another instruction.
+            if draft.undefined {
+                break;
+            }
         }
         place(&mut draft.case);
         draft.case
@@ -103,7 +109,7 @@ impl Generator {
     /// A case with given code, its state drawn and its operands steered by `seed`.
     pub fn case_with_code(&mut self, seed: u64, mode: Mode, code: &[u8]) -> Case {
         let mut rng = Rng::for_case(seed, 0);
-        let mut draft = Draft { case: initial(&mut rng, mode), fixed: 0 };
+        let mut draft = Draft { case: initial(&mut rng, mode), fixed: 0, undefined: false };
         draft.case.patterns = [0; 4].map(|_| rng.below(PATTERNS as u64) as u8);
         let start = draft.case.start();
         let mut at = 0;
@@ -155,6 +161,7 @@ impl Generator {
                 continue;
             }
             bytes.truncate(instruction.len());
+            draft.undefined |= crate::explain::undefined_by(instruction.mnemonic()) != 0;
             if !rng.once_in(24) {
                 self.steer(rng, draft, &instruction, &offsets, &mut bytes);
             }

@@ -139,6 +139,7 @@ impl Guest {
         cpu.activity = Activity::Active;
         cpu.interrupt_shadow = false;
         cpu.recheck = false;
+        cpu.fpu.forget_selectors();
         cpu.dr6 = 0xffff_0ff0;
         cpu.retired = 0;
         cpu.budget_end = BUDGET;
@@ -240,6 +241,8 @@ fn build_tables(ram: &RamBlock) -> anyhow::Result<()> {
     put(PML4 + 256 * 8, kernel_pdpt | PRESENT | WRITABLE)?;
     put(kernel_pdpt, kernel_pd | PRESENT | WRITABLE)?;
     put(kernel_pd, PRESENT | WRITABLE | 1 << 7)?;
+    // The I/O bitmap lies beyond the TSS: user code has no ports.
+    put(TSS + 0x60, 0x68 << 48)?;
     for (index, descriptor) in layout::GLOBAL {
         put(GDT + u64::from(index) * 8, descriptor)?;
     }
@@ -254,7 +257,7 @@ fn enter_long_mode(cpu: &mut Cpu) {
     cpu.cr0 = CR0_PE | CR0_MP | CR0_ET | CR0_NE | CR0_WP | CR0_AM | CR0_PG;
     cpu.cr3 = PML4;
     cpu.cr4 = CR4_PAE | CR4_PSE | CR4_PGE | CR4_OSFXSR | CR4_OSXMMEXCPT | CR4_OSXSAVE;
-    cpu.cr4 |= CR4_FSGSBASE | CR4_UMIP | CR4_SMEP | CR4_SMAP | CR4_DE;
+    cpu.cr4 |= CR4_FSGSBASE | CR4_UMIP | CR4_SMEP | CR4_SMAP;
     cpu.efer = EFER_SCE | EFER_LME | EFER_LMA | EFER_NXE;
     cpu.xcr0 = 7;
     cpu.gdtr = DescriptorTable { base: KERNEL + GDT, limit: 0x7f };

@@ -14,6 +14,7 @@ pub mod compare;
 pub mod corpus;
 pub mod eligible;
 pub mod encode;
+pub mod explain;
 pub mod generate;
 pub mod guest;
 pub mod layout;

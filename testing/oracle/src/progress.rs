@@ -9,6 +9,7 @@ use std::ptr;
 use std::sync::atomic::{AtomicU8, AtomicU64};
 
 use crate::eligible::CATEGORIES;
+use crate::explain::REASONS;
 
 /// Most child processes.
 pub const MAX_JOBS: usize = 64;
@@ -31,6 +32,8 @@ pub struct Progress {
     pub vectors: [AtomicU64; 32],
     /// Cases not compared, see [`SKIPPED`].
     pub skipped: [AtomicU64; SKIPPED.len()],
+    /// Cases whose difference is explained, see [`REASONS`].
+    pub explained: [AtomicU64; REASONS.len()],
     /// Encodings that were a case's first instruction and completed, by number, for each mode.
     pub covered: [[AtomicU8; 8192]; 3],
 }

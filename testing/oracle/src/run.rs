@@ -6,12 +6,13 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use iced_x86::{Formatter, IntelFormatter};
+use iced_x86::{Formatter, Instruction, IntelFormatter};
 
 use crate::case::{After, Case, Mode, PATTERNS, Patterns};
 use crate::compare;
 use crate::eligible::{self, Eligibility};
 use crate::encode;
+use crate::explain;
 use crate::generate::{Generator, Modes};
 use crate::guest::{self, Ended, Guest};
 use crate::layout::{self, BASE, CODE, CODE_LEN, PAGE, WRITABLE};
@@ -30,6 +31,8 @@ pub enum Outcome {
     Differ,
     /// Not compared: index into [`crate::progress::SKIPPED`].
     Skipped(usize),
+    /// They do not, for a reason in [`crate::explain::REASONS`].
+    Explained(usize),
 }
 
 /// Both sides, ready to run cases. One per process.
@@ -115,37 +118,47 @@ impl Bench {
         if self.host_after.trap.vector == 1 && self.host_after.rflags & 1 << 8 != 0 {
             return Outcome::Skipped(1);
         }
+        let different = self.different_bytes();
         self.prepare(case);
-        if self.executes_the_incomparable(case, generator) {
-            self.holds = [None; 4];
+        let path = self.path(case, generator);
+        self.holds = [None; 4];
+        if path.iter().any(|i| !generator.eligibility().instruction(i)) {
             return Outcome::Skipped(2);
         }
-        self.holds = [None; 4];
-        Outcome::Differ
+        match explain::reason(case, &self.host_after, &self.guest_after, &different, &path) {
+            Some(reason) => Outcome::Explained(reason),
+            None => Outcome::Differ,
+        }
     }
 
-    /// Whether the path of a case leads over an instruction that cannot be compared: by a jump into the middle
-    /// of another one, or by a change of mode.
-    fn executes_the_incomparable(&mut self, case: &Case, generator: &Generator) -> bool {
+    fn different_bytes(&self) -> Vec<explain::Byte> {
+        let mut bytes = Vec::new();
+        for offset in WRITABLE {
+            let (host, guest) = (self.native.page(offset), self.guest.page(offset));
+            let different = (0..PAGE).filter(|i| host[*i] != guest[*i]);
+            bytes.extend(different.map(|at| (BASE + (offset + at) as u64, host[at], guest[at])));
+        }
+        bytes
+    }
+
+    /// The instructions that a case executes; the guest's state is lost. They are decoded anew, because a jump
+    /// can lead into the middle of one.
+    fn path(&mut self, case: &Case, generator: &Generator) -> Vec<Instruction> {
         let trace = self.guest.trace(case, 4096);
-        let options = generator.eligibility().decoder_options;
-        trace.into_iter().any(|(linear, bits)| {
-            let Some(offset) = linear.checked_sub(BASE + CODE as u64) else { return false };
-            let Ok(offset) = usize::try_from(offset) else { return false };
-            if offset >= CODE_LEN {
-                return false;
-            }
-            let mut code = [0; CODE_LEN];
-            code[..PAGE].copy_from_slice(self.native.page(CODE));
-            code[PAGE..].copy_from_slice(self.native.page(CODE + PAGE));
+        let mut code = vec![0; CODE_LEN];
+        code[..PAGE].copy_from_slice(self.native.page(CODE));
+        code[PAGE..].copy_from_slice(self.native.page(CODE + PAGE));
+        let decode = |(linear, bits): (u64, u32)| {
+            let offset = usize::try_from(linear.checked_sub(BASE + CODE as u64)?).ok()?;
             let mode = match bits {
                 64 => Mode::Long,
                 32 => Mode::Protected32,
                 _ => Mode::Protected16,
             };
-            let (instruction, _) = encode::decode(&code[offset..], mode, linear, options);
-            !generator.eligibility().instruction(&instruction)
-        })
+            let options = generator.eligibility().decoder_options;
+            Some(encode::decode(code.get(offset..)?, mode, linear, options).0)
+        };
+        trace.into_iter().filter_map(decode).collect()
     }
 
     /// What differs after the last run of `case`.
@@ -156,13 +169,8 @@ impl Bench {
         self.guest.run(case, &mut self.guest_after);
         self.native.run(case, &mut self.host_after);
         let mut text = compare::describe(case, &self.host_after, &self.guest_after);
-        for offset in WRITABLE {
-            let (host, guest) = (self.native.page(offset), self.guest.page(offset));
-            let different = (0..PAGE).filter(|i| host[*i] != guest[*i]);
-            for at in different.take(8) {
-                let address = BASE + (offset + at) as u64;
-                let _ = writeln!(text, "  [{address:#x}] host {:#04x}  guest {:#04x}", host[at], guest[at]);
-            }
+        for (address, host, guest) in self.different_bytes().into_iter().take(16) {
+            let _ = writeln!(text, "  [{address:#x}] host {host:#04x}  guest {guest:#04x}");
         }
         self.holds = [None; 4];
         text
@@ -310,6 +318,9 @@ fn count(progress: &Progress, bench: &Bench, case: &Case, generator: &Generator,
             progress.skipped[why].fetch_add(1, Relaxed);
             return;
         }
+        Outcome::Explained(reason) => {
+            progress.explained[reason].fetch_add(1, Relaxed);
+        }
         Outcome::Agree => {}
     }
     let options = generator.eligibility().decoder_options;
@@ -419,6 +430,9 @@ fn summary(progress: &Progress, took: Duration, plan: &Plan) -> anyhow::Result<(
     ];
     println!("ended by: {}", list(&VECTORS, &progress.vectors));
     println!("not compared: {}", list(&crate::progress::SKIPPED, &progress.skipped));
+    for (reason, count) in explain::REASONS.iter().zip(&progress.explained) {
+        println!("explained: {} by {reason}", count.load(Relaxed));
+    }
     let generator = Generator::new(Eligibility::of(&guest::model()?));
     for (i, mode) in [Mode::Long, Mode::Protected32, Mode::Protected16].into_iter().enumerate() {
         if plan.modes != Modes::All && plan.modes != Modes::One(mode) {

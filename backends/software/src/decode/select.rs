@@ -195,7 +195,7 @@ pub(super) fn select(cpu: &Cpu, insn: &Instruction, kept: &mut Vec<Instruction>)
     }
     let source = Source { insn, bits: cpu.mode.bits, address_size: address_size_of(cpu, insn) };
     if let Some(op) = select_control::transfer(&source) {
-        return (op, true);
+        return (op, !insn.is_jcc_short_or_near());
     }
     let found = select_control::string(&source)
         .or_else(|| select_control::stack(&source))

@@ -2,6 +2,7 @@
 //! are not accessed and cannot fault.
 
 use atoll_machine::backend::CpuIo;
+use atoll_machine::cpu::model::Vendor;
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 use super::{check_pending, operand, require_mmx, require_sse, require_vex};
@@ -41,7 +42,9 @@ pub(super) fn gather(cpu: &mut Cpu, io: &dyn CpuIo, instruction: &Instruction) -
             .and_then(|linear| cpu.read_bytes(io, linear, value, Access::Read));
         if let Err(fault) = read {
             outcome = Err(fault);
-            spread_sign(&mut masks, element, i, count);
+            if cpu.shared.model.vendor == Vendor::Intel {
+                spread_sign(&mut masks, element, i, count);
+            }
             break;
         }
         masks[at..at + element].fill(0);
@@ -65,7 +68,8 @@ fn gather_sizes(mnemonic: Mnemonic) -> (usize, usize) {
     }
 }
 
-/// Mask elements that were not reached hold their sign bit in every position.
+/// Mask elements that were not reached hold their sign bit in every position on Intel processors (Intel SDM
+/// vol. 2, VGATHERDPS); AMD's leave them alone.
 fn spread_sign(masks: &mut [u8; 32], element: usize, from: usize, count: usize) {
     for mask in masks.chunks_exact_mut(element).take(count).skip(from) {
         let fill = if mask[element - 1] & 0x80 != 0 { 0xff } else { 0 };
@@ -131,7 +135,10 @@ pub(super) fn byte_mask_move(cpu: &mut Cpu, io: &dyn CpuIo, instruction: &Instru
         let mut area = cpu.xsave.clone();
         area.enter_mmx();
         let register = |op: Register| u128::from(area.mm(op.number()));
-        (register(instruction.op1_register()), register(instruction.op2_register()))
+        let operands = (register(instruction.op1_register()), register(instruction.op2_register()));
+        // The transition comes before the memory access.
+        cpu.xsave.enter_mmx();
+        operands
     } else {
         (
             cpu.xsave.xmm(instruction.op1_register().number()),
@@ -153,9 +160,6 @@ pub(super) fn byte_mask_move(cpu: &mut Cpu, io: &dyn CpuIo, instruction: &Instru
     }
     for i in (0..16).filter(|i| mask[*i] & 0x80 != 0) {
         cpu.write_bytes(io, targets[i], &value[i..=i], Access::Write)?;
-    }
-    if mmx {
-        cpu.xsave.enter_mmx();
     }
     Ok(())
 }

@@ -41,17 +41,23 @@ pub(super) fn linear(
     access: Access,
 ) -> Outcome<u64> {
     let (segment, offset) = effective_address(cpu, instruction);
-    let linear = cpu.linear(segment, offset, size, access)?;
-    if align > 1 && linear & (align - 1) != 0 {
+    // Misalignment comes before everything else about the address (#GP, not #SS).
+    if align > 1 && base(cpu, segment).wrapping_add(offset) & (align - 1) != 0 {
         return Err(Exception::GP0);
     }
+    let linear = cpu.linear(segment, offset, size, access)?;
     if cpu.cr0 & control::CR0_AM != 0 && cpu.rflags & flag::AC != 0 && cpu.mode.cpl == 3 {
         let natural = if size == 10 { 8 } else { size };
-        if natural.is_power_of_two() && natural <= 8 && linear & (natural - 1) != 0 {
+        if natural.is_power_of_two() && natural <= 32 && linear & (natural - 1) != 0 {
             return Err(Exception::with_code(vector::AC, 0));
         }
     }
     Ok(linear)
+}
+
+/// What the mode adds to an offset.
+fn base(cpu: &Cpu, segment: usize) -> u64 {
+    if cpu.mode.bits == 64 && segment < seg::FS { 0 } else { cpu.segments[segment % 6].base }
 }
 
 /// Reads the memory operand.

@@ -1,6 +1,7 @@
 //! XMM, YMM and MMX instructions that run as thunks, and the few on MXCSR and whole registers.
 
 use atoll_machine::backend::CpuIo;
+use atoll_machine::cpu::model::Vendor;
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
 use super::state::{MXCSR_MASK, status};
@@ -23,7 +24,7 @@ pub(super) fn compute(cpu: &mut Cpu, io: &dyn CpuIo, instruction: &Instruction, 
     match shape.memory {
         MemoryUse::None => {}
         MemoryUse::Read => {
-            let align = u64::from(shape.align);
+            let align = if any_alignment(cpu, instruction) { 1 } else { u64::from(shape.align) };
             address = operand::linear(cpu, instruction, size as u64, align, Access::Read)?;
             let mut data = [0; 64];
             cpu.read_bytes(io, address, &mut data[..size], Access::Read)?;
@@ -40,6 +41,17 @@ pub(super) fn compute(cpu: &mut Cpu, io: &dyn CpuIo, instruction: &Instruction, 
     run(cpu, io, thunk, address, size)
 }
 
+/// AMD's processors take SHA operands at any address, Intel's do not.
+fn any_alignment(cpu: &Cpu, instruction: &Instruction) -> bool {
+    use Mnemonic as M;
+    cpu.shared.model.vendor == Vendor::Amd
+        && matches!(
+            instruction.mnemonic(),
+            M::Sha1rnds4 | M::Sha1nexte | M::Sha1msg1 | M::Sha1msg2
+        | M::Sha256rnds2 | M::Sha256msg1 | M::Sha256msg2
+        )
+}
+
 /// With MMX registers: the x87 unit enters MMX mode, which a fault undoes.
 fn compute_mmx(cpu: &mut Cpu, io: &dyn CpuIo, thunk: &Thunk, address: u64, size: usize) -> Outcome {
     check_pending(cpu)?;
@@ -47,7 +59,8 @@ fn compute_mmx(cpu: &mut Cpu, io: &dyn CpuIo, thunk: &Thunk, address: u64, size:
     before.copy_from_slice(&cpu.xsave.0[..160]);
     cpu.xsave.enter_mmx();
     let outcome = run(cpu, io, thunk, address, size);
-    if outcome.is_err() {
+    // An unmasked numeric exception comes after the transition.
+    if outcome.is_err_and(|e| e != Exception::fault(vector::XM)) {
         let mxcsr = cpu.xsave.mxcsr();
         cpu.xsave.0[..160].copy_from_slice(&before);
         cpu.xsave.set_mxcsr(mxcsr);

@@ -29,6 +29,9 @@ pub(super) fn compute(cpu: &mut Cpu, io: &dyn CpuIo, instruction: &Instruction, 
             let mut data = [0; 64];
             cpu.read_bytes(io, address, &mut data[..size], access)?;
             cpu.fpu.engine.context().bounce = data;
+        } else {
+            // A store that an unmasked exception suppresses still needs its page.
+            cpu.probe(io, address, size as u64, access)?;
         }
     }
     // Only with CR0.NE clear can an exception still be pending here: the unit then ignores it.

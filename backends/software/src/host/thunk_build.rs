@@ -87,7 +87,12 @@ impl Emitter {
         let mut uses = Uses::default();
         let shape = &mut uses.shape;
         shape.class = class;
-        shape.mxcsr = !matches!(class, Class::X87 | Class::Mmx) && needs_mxcsr(instruction.mnemonic());
+        shape.mxcsr = match class {
+            Class::X87 => false,
+            // Of the instructions without XMM registers only conversions have to do with floating point.
+            Class::Mmx => is_conversion(instruction.mnemonic()),
+            Class::Sse | Class::Vex => needs_mxcsr(instruction.mnemonic()),
+        };
         shape.reads_flags = instruction.rflags_read() != 0;
         shape.writes_flags = instruction.rflags_modified() != 0;
         memory_use(instruction, shape, self.info.info_options(instruction, InstructionInfoOptions::NONE))?;
@@ -340,6 +345,12 @@ fn is_x87_sse3(mnemonic: Mnemonic) -> bool {
     mnemonic == Mnemonic::Fisttp
 }
 
+/// CVT(T)PS2PI and CVT(T)PD2PI, whose source may be in memory.
+fn is_conversion(mnemonic: Mnemonic) -> bool {
+    use Mnemonic as M;
+    matches!(mnemonic, M::Cvtps2pi | M::Cvttps2pi | M::Cvtpd2pi | M::Cvttpd2pi)
+}
+
 /// Finds the one memory operand, if any; `None` when memory is used in a way that the bounce buffer cannot serve.
 fn memory_use(instruction: &Instruction, shape: &mut Shape, info: &iced_x86::InstructionInfo) -> Option<()> {
     let mut explicit = 0;
@@ -379,6 +390,7 @@ fn alignment(instruction: &Instruction, size: usize) -> usize {
         EncodingKind::Legacy if size == 16 => match instruction.mnemonic() {
             M::Movups | M::Movupd | M::Movdqu | M::Lddqu => 1,
             M::Pcmpestri | M::Pcmpestrm | M::Pcmpistri | M::Pcmpistrm => 1,
+            M::Pcmpestri64 | M::Pcmpestrm64 => 1,
             _ => 16,
         },
         EncodingKind::VEX => match instruction.mnemonic() {

@@ -71,7 +71,8 @@ pub(crate) fn memory_linear(
         4 => offset &= 0xffff_ffff,
         _ => {}
     }
-    cpu.linear(segment_index(instruction.memory_segment()), offset, size, access)
+    let segment = crate::execute::operand::data_segment(instruction, cpu.mode.bits);
+    cpu.linear(segment_index(segment), offset, size, access)
 }
 
 /// Reads `size` bytes of memory `beyond` bytes into the operand.

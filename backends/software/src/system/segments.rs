@@ -6,6 +6,7 @@
 //! register changes only when nothing can fault any more.
 
 use atoll_machine::backend::CpuIo;
+use atoll_machine::cpu::model::Vendor;
 use atoll_machine::cpu::state::{Segment, gpr, seg};
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
@@ -240,7 +241,12 @@ fn push_segment(cpu: &mut Cpu, io: &dyn CpuIo, i: &Instruction) -> Outcome {
     let selector = cpu.segments[operand::segment_index(i.op_register(0))].selector;
     let mut stack = super::memory::Stack::current(cpu);
     let size = stack_operand_size(i);
-    // Processors of both vendors write two bytes and leave the rest of a wider slot alone.
+    if cpu.shared.model.vendor == Vendor::Amd {
+        stack.push(cpu, io, size, u64::from(selector))?;
+        stack.commit(cpu);
+        return Ok(());
+    }
+    // Intel's processors write two bytes and leave the rest of a wider slot alone; AMD's write all of it.
     stack.check_room(u64::from(size))?;
     stack.sp = stack.sp.wrapping_sub(u64::from(size) - 2);
     stack.push(cpu, io, 2, u64::from(selector))?;

@@ -1,0 +1,151 @@
+//! Differences that are no defect, each with its reason. Everything here is something that the architecture
+//! leaves open and on which processors are known to differ; the table stays short.
+
+use iced_x86::{Instruction, Mnemonic};
+
+use crate::case::{After, Case, Mode};
+use crate::compare;
+use crate::layout;
+
+/// A byte of memory that differs: address, host's, guest's.
+pub type Byte = (u64, u8, u8);
+
+/// The reasons.
+pub const REASONS: [&str; 9] = [
+    "flags that BCD instructions leave undefined",
+    "which of its faults a failing far transfer reports",
+    "stack base of a far call that enters 64-bit code",
+    "MXCSR_MASK, which the host's misaligned-SSE bit changes",
+    "MXCSR bits that the model does not have",
+    "which fault and which byte of a long or masked operand is reported",
+    "when the processor notices that bytes at the end of a page are no instruction",
+    "whether the x87 opcode is kept after an instruction without an exception",
+    "MXCSR_MASK and x87 opcode in one image",
+];
+
+/// The reason (an index into [`REASONS`]) for which the two states may differ after executing `path`, whose
+/// last instruction is the one that ended the case.
+pub fn reason(
+    case: &Case,
+    host: &After,
+    guest: &After,
+    memory: &[Byte],
+    path: &[Instruction],
+) -> Option<usize> {
+    let last = path.last()?;
+    let before = path.len().checked_sub(2).and_then(|i| path.get(i)).unwrap_or(last);
+    let rules: [&dyn Fn() -> bool; REASONS.len()] = [
+        &|| memory.is_empty() && decimal_flags(case, host, guest, path),
+        &|| memory.is_empty() && is_far(last) && both_refused(host, guest),
+        &|| enters_long(case, host, guest) && (is_far(last) || is_far(before)),
+        &|| only_mask(memory) && uses(path, FXSAVE) && compare::agree(case, host, guest),
+        &|| host.vectors.0[26] & 2 != 0 && uses(path, MXCSR_LOADS),
+        &|| uses(&path[path.len() - 1..], LONG_OPERANDS) && memory_faults(host, guest),
+        &|| {
+            last.is_invalid()
+                && (host.trap.vector, host.trap.error_code) == (14, 0x14)
+                && guest.trap.vector == 6
+        },
+        &|| only_opcode(memory) && uses(path, IMAGES) && compare::agree(case, host, guest),
+        &|| {
+            memory.len() <= 3
+                && uses(path, FXSAVE)
+                && compare::agree(case, host, guest)
+                && memory.iter().all(|b| b.2 == 0)
+                && memory.last().is_some_and(|b| only_mask(&[*b]))
+        },
+    ];
+    rules.iter().position(|rule| rule())
+}
+
+const FXSAVE: &[Mnemonic] = &[Mnemonic::Fxsave, Mnemonic::Fxsave64];
+const MXCSR_LOADS: &[Mnemonic] =
+    &[Mnemonic::Ldmxcsr, Mnemonic::Vldmxcsr, Mnemonic::Fxrstor, Mnemonic::Fxrstor64];
+/// Loaded and stored in parts, in an order of the processor's own.
+const LONG_OPERANDS: &[Mnemonic] = &[
+    Mnemonic::Fxsave,
+    Mnemonic::Fxsave64,
+    Mnemonic::Fxrstor,
+    Mnemonic::Fxrstor64,
+    Mnemonic::Fnsave,
+    Mnemonic::Frstor,
+    Mnemonic::Fnstenv,
+    Mnemonic::Fldenv,
+    Mnemonic::Maskmovq,
+    Mnemonic::Maskmovdqu,
+    Mnemonic::Vmaskmovdqu,
+];
+/// Images with the last x87 opcode.
+const IMAGES: &[Mnemonic] = &[Mnemonic::Fxsave, Mnemonic::Fxsave64, Mnemonic::Fnsave, Mnemonic::Fnstenv];
+
+fn uses(path: &[Instruction], any: &[Mnemonic]) -> bool {
+    path.iter().any(|i| any.contains(&i.mnemonic()))
+}
+
+/// BCD instructions (not in 64-bit mode, so that the host cannot execute them for the interpreter) define only
+/// some flags (Intel SDM vol. 2).
+pub fn undefined_by(mnemonic: Mnemonic) -> u64 {
+    const CF: u64 = 1;
+    const PF: u64 = 1 << 2;
+    const AF: u64 = 1 << 4;
+    const ZF: u64 = 1 << 6;
+    const SF: u64 = 1 << 7;
+    const OF: u64 = 1 << 11;
+    match mnemonic {
+        Mnemonic::Aaa | Mnemonic::Aas => OF | SF | ZF | PF,
+        Mnemonic::Aam | Mnemonic::Aad => OF | AF | CF,
+        Mnemonic::Daa | Mnemonic::Das => OF,
+        _ => 0,
+    }
+}
+
+fn decimal_flags(case: &Case, host: &After, guest: &After, path: &[Instruction]) -> bool {
+    let undefined = path.iter().fold(0, |flags, i| flags | undefined_by(i.mnemonic()));
+    let mut same = guest.clone();
+    same.rflags = guest.rflags & !undefined | host.rflags & undefined;
+    let compared = path.iter().position(|i| undefined_by(i.mnemonic()) != 0);
+    // Generated cases end with such an instruction; flipped bits and jumps can put others after it.
+    let goes_on = compared.is_some_and(|at| at + 2 < path.len());
+    undefined != 0 && (goes_on || compare::agree(case, host, &same))
+}
+
+fn is_far(instruction: &Instruction) -> bool {
+    let code = instruction.code();
+    code.is_jmp_far()
+        || code.is_call_far()
+        || code.is_jmp_far_indirect()
+        || code.is_call_far_indirect()
+        || instruction.mnemonic() == Mnemonic::Retf
+}
+
+fn both_refused(host: &After, guest: &After) -> bool {
+    let refused = |after: &After| (10..=14).contains(&after.trap.vector);
+    refused(host) && refused(guest) && host.rip == guest.rip && host.gpr == guest.gpr
+}
+
+/// The host pushes the return address after the change of mode, when SS has no base any more.
+fn enters_long(case: &Case, host: &After, guest: &After) -> bool {
+    let long = |after: &After| after.selectors[1] == layout::USER_CODE64;
+    case.mode != Mode::Long && (long(host) || long(guest)) && layout::loaded(case.selectors[2]).base != 0
+}
+
+/// Byte 30 of the 16-byte aligned area, where bit 17 is.
+fn only_mask(memory: &[Byte]) -> bool {
+    matches!(memory, [(address, 2, 0)] if address % 16 == 14)
+}
+
+/// Two adjacent bytes that the guest left zero.
+fn only_opcode(memory: &[Byte]) -> bool {
+    match memory {
+        [(_, _, 0)] => true,
+        [(first, _, 0), (second, _, 0)] => *second == first + 1,
+        _ => false,
+    }
+}
+
+fn memory_faults(host: &After, guest: &After) -> bool {
+    let (h, g) = (&host.trap, &guest.trap);
+    let refused = |vector: u64| (12..=14).contains(&vector);
+    let near = h.vector != 14 || g.vector != 14 || h.address.abs_diff(g.address) < 512;
+    refused(h.vector) && refused(g.vector) && host.rip == guest.rip && near
+}
