@@ -8,14 +8,14 @@ use atoll_machine::memory::AddressSpace;
 
 /// The buses of one machine, as every vCPU sees them. Dispatch takes no lock; devices lock themselves.
 #[derive(Clone)]
-pub struct MachineIo {
+pub(crate) struct MachineIo {
     ports: Arc<PortBus>,
     memory: Arc<AddressSpace>,
 }
 
 impl MachineIo {
     /// The given buses.
-    pub fn new(ports: Arc<PortBus>, memory: Arc<AddressSpace>) -> Self {
+    pub(crate) fn new(ports: Arc<PortBus>, memory: Arc<AddressSpace>) -> Self {
         Self { ports, memory }
     }
 }

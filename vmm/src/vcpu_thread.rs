@@ -139,7 +139,10 @@ impl<V: Vcpu> Runner<V> {
     fn run(&mut self) {
         let request = match self.vcpu.run(&self.stop, &self.io) {
             Ok(HaltReason::Stopped | HaltReason::BudgetSpent) => return,
-            Ok(HaltReason::TripleFault) => MachineRequest::TripleFault { vcpu: self.index },
+            Ok(HaltReason::TripleFault) => {
+                tracing::debug!("vCPU {} after its triple fault: {:x?}", self.index, self.vcpu.state());
+                MachineRequest::TripleFault { vcpu: self.index }
+            }
             Err(RunError::Internal { vcpu, why }) => {
                 tracing::error!("vCPU {vcpu} cannot continue: {why}");
                 MachineRequest::InternalError { vcpu }

@@ -11,23 +11,25 @@
 //!
 //! Dropping a machine stops its vCPUs, then its device thread, then its devices: the order of the fields.
 
+mod chipset;
+mod pci;
+
 use std::sync::Arc;
 
-use atoll_chipset::gsi::Gsi;
-use atoll_chipset::ioapic::{self, IoApic};
-use atoll_chipset::pic::Pic;
-use atoll_chipset::pit::Pit;
-use atoll_chipset::rtc::{Rtc, RtcConfig};
-use atoll_chipset::uart::{SerialBackend, Uart};
+use atoll_chipset::acpi_pm::AcpiPm;
+use atoll_chipset::uart::Uart;
 use atoll_firmware::acpi::RootPort;
 use atoll_firmware::layout::{self, AddressMap};
 use atoll_machine::backend::{Backend, Partition, PartitionConfig};
-use atoll_machine::bus::{PortBus, PortDevice};
+use atoll_machine::bus::PortBus;
 use atoll_machine::control::SharedControl;
 use atoll_machine::cpu::topology::Topology;
 use atoll_machine::inputs::InputGate;
 use atoll_machine::memory::{AddressSpace, MemoryError, RamBlock};
+use atoll_machine::state::StateSection;
 use atoll_machine::time::{HostClock, Timers};
+use atoll_virtio::console::Console;
+use atoll_virtio::transport::pci::VirtioPciDevice;
 
 use crate::boot::{self, Tables};
 use crate::config::Config;
@@ -36,6 +38,7 @@ use crate::device_thread::DeviceThread;
 use crate::error::VmError;
 use crate::io::MachineIo;
 use crate::vcpu_thread::VcpuThread;
+use chipset::Controllers;
 
 /// Most disks of a machine.
 pub(crate) const MAX_DISKS: usize = 16;
@@ -53,16 +56,19 @@ pub(crate) fn tables(map: &AddressMap, topology: Topology, uuid: [u8; 16]) -> Ta
     Tables { map, topology, root_ports: &ROOT_PORTS, uuid }
 }
 
-struct Serial(Sink);
-impl SerialBackend for Serial {
-    fn write(&self, bytes: &[u8]) {
-        (self.0)(bytes);
-    }
+/// What every part of the machine is built from.
+struct Common {
+    timers: Arc<Timers>,
+    inputs: Arc<InputGate>,
+    memory: Arc<AddressSpace>,
+    ports: Arc<PortBus>,
+    control: SharedControl,
 }
 
 /// What the outside can do to a running machine without its driver.
 pub(crate) struct MachineInputs {
     serial: Arc<Uart>,
+    console: Arc<Console>,
 }
 
 impl MachineInputs {
@@ -70,12 +76,14 @@ impl MachineInputs {
     pub(crate) fn console_input(&self, id: ConsoleId, data: &[u8]) -> usize {
         match id {
             ConsoleId::Serial => self.serial.receive(data),
-            ConsoleId::Virtio => data.len(),
+            ConsoleId::Virtio => self.console.receive(data),
         }
     }
 
     /// The virtio console has a new size.
-    pub(crate) fn console_resized(&self, _columns: u16, _rows: u16) {}
+    pub(crate) fn console_resized(&self, columns: u16, rows: u16) {
+        self.console.resize(columns, rows);
+    }
 }
 
 /// A machine, built and wired; its vCPUs are paused until [`Machine::resume`].
@@ -85,6 +93,11 @@ pub(crate) struct Machine<B: Backend> {
     clock: Arc<HostClock>,
     memory: Arc<AddressSpace>,
     serial: Arc<Uart>,
+    console: Arc<Console>,
+    pm: Arc<AcpiPm>,
+    virtio: Vec<Arc<VirtioPciDevice>>,
+    /// Everything with state but the vCPUs, in the order in which it is restored.
+    sections: Vec<(String, Arc<dyn StateSection>)>,
 }
 
 impl<B: Backend> Machine<B>
@@ -99,60 +112,41 @@ where
         serial: Sink,
         virtio: Sink,
     ) -> Result<Self, VmError> {
-        let inputs = InputGate::live();
         let clock = HostClock::paused_at(0, config.model.tsc_khz);
-        let timers = Timers::new(clock.clone());
-        let memory = AddressSpace::new();
-        let ports = Arc::new(PortBus::new());
-        map_ram(&memory, &config.map, &config.ram).map_err(VmError::build)?;
-
-        let pic = Pic::new();
-        let ioapic = IoApic::new();
-        let gsi = Gsi::new(pic.clone(), ioapic.clone());
+        let common = Common {
+            timers: Timers::new(clock.clone()),
+            inputs: InputGate::live(),
+            memory: AddressSpace::new(),
+            ports: Arc::new(PortBus::new()),
+            control,
+        };
+        map_ram(&common.memory, &config.map, &config.ram).map_err(VmError::build)?;
+        let controllers = Controllers::new();
         let partition = backend.create_partition(PartitionConfig {
-            memory: memory.clone(),
+            memory: common.memory.clone(),
             model: config.model.clone(),
             topology: config.topology,
             clock: clock.clone(),
-            inputs: inputs.clone(),
-            extint: Some(pic.clone()),
-            eoi: Some(ioapic.clone()),
+            inputs: common.inputs.clone(),
+            extint: Some(controllers.pic.clone()),
+            eoi: Some(controllers.ioapic.clone()),
         })?;
-        pic.connect_cpu(partition.extint_sink());
-        ioapic.connect_cpu(partition.msi_sink());
-        memory.map_mmio(ioapic::BASE, ioapic::SIZE, ioapic, CHIPSET_PRIORITY).map_err(VmError::build)?;
-
-        let register = |first: u16, len: u16, device: Arc<dyn PortDevice>| {
-            ports.register(first, len, device).map_err(VmError::build)
-        };
-        register(0x20, 2, pic.master_ports())?;
-        register(0xa0, 2, pic.slave_ports())?;
-        register(0x4d0, 2, pic.elcr_ports())?;
-        let busy = gsi.clone();
-        let pit = Pit::new(&timers, &inputs, gsi.input(0), Arc::new(move || busy.request_pending(0)));
-        register(0x61, 1, pit.system_control())?;
-        register(0x40, 4, pit)?;
-        let rtc_config = RtcConfig {
-            low_memory: config.map.low_ram.size(),
-            high_memory: config.map.high_ram.size(),
-            cpus: config.topology.cpus(),
-        };
-        register(0x70, 4, Rtc::new(&timers, &inputs, gsi.input(8), rtc_config))?;
-        let serial =
-            Uart::new(Arc::new(Serial(serial)), inputs.clone(), gsi.input(u32::from(layout::COM1_IRQ)));
-        register(layout::COM1_PORT, 8, serial.clone())?;
-
-        let io = MachineIo::new(ports, memory.clone());
-        let mut vcpus = Vec::new();
-        for index in 0..config.topology.cpus() {
-            let vcpu = partition.create_vcpu(index)?;
-            let thread = VcpuThread::start(index, partition.clone(), vcpu, io.clone(), control.clone())
-                .map_err(VmError::host("cannot start a vCPU thread"))?;
-            vcpus.push(thread);
-        }
-        let device_thread = DeviceThread::start(&timers)?;
-        let _ = virtio;
-        Ok(Self { vcpus, _device_thread: device_thread, clock, memory, serial })
+        controllers.pic.connect_cpu(partition.extint_sink());
+        controllers.ioapic.connect_cpu(partition.msi_sink());
+        let chipset = chipset::build(config, &common, &controllers, serial)?;
+        let pci = pci::build(config, &common, &chipset, &controllers.gsi, partition.msi_sink(), virtio)?;
+        let vcpus = start_vcpus(config, &partition, &common)?;
+        Ok(Self {
+            vcpus,
+            _device_thread: DeviceThread::start(&common.timers)?,
+            clock,
+            memory: common.memory,
+            serial: chipset.serial,
+            console: pci.console,
+            pm: chipset.pm,
+            virtio: pci.virtio,
+            sections: chipset.sections.into_iter().chain(pci.sections).collect(),
+        })
     }
 
     /// Loads the kernel and sets every vCPU as firmware would leave it.
@@ -172,11 +166,13 @@ where
 
     /// What the outside can type at.
     pub(crate) fn inputs(&self) -> MachineInputs {
-        MachineInputs { serial: self.serial.clone() }
+        MachineInputs { serial: self.serial.clone(), console: self.console.clone() }
     }
 
     /// Presses the ACPI power button.
-    pub(crate) fn press_power_button(&self) {}
+    pub(crate) fn press_power_button(&self) {
+        self.pm.press_power_button();
+    }
 
     /// Lets time and every vCPU run.
     pub(crate) fn resume(&self) {
@@ -205,6 +201,26 @@ impl<B: Backend> Drop for Machine<B> {
             vcpu.request_pause();
         }
     }
+}
+
+/// One paused thread per vCPU.
+fn start_vcpus<P: Partition>(
+    config: &Config,
+    partition: &Arc<P>,
+    common: &Common,
+) -> Result<Vec<VcpuThread<P>>, VmError>
+where
+    P::Vcpu: 'static,
+{
+    let io = MachineIo::new(common.ports.clone(), common.memory.clone());
+    let mut vcpus = Vec::new();
+    for index in 0..config.topology.cpus() {
+        let vcpu = partition.create_vcpu(index)?;
+        let thread = VcpuThread::start(index, partition.clone(), vcpu, io.clone(), common.control.clone())
+            .map_err(VmError::host("cannot start a vCPU thread"))?;
+        vcpus.push(thread);
+    }
+    Ok(vcpus)
 }
 
 /// RAM at 0 without the VGA window, and above 4 GiB.
