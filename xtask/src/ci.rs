@@ -77,8 +77,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
 type Step<'a> = dyn FnMut(&'static str, &mut dyn FnMut() -> Result<()>) -> bool + 'a;
 
 fn long_lane(arguments: &Arguments, built: bool, step: &mut Step<'_>) {
-    // Tests that take minutes are marked `#[ignore = "long: ..."]`: the instruction cases against the host
-    // processor, the power cuts, whole guests.
+    // Tests that take minutes are marked `#[ignore = "long: ..."]`.
     step("long tests", &mut || {
         run_command(&mut cargo(&[
             "test",
@@ -89,6 +88,10 @@ fn long_lane(arguments: &Arguments, built: bool, step: &mut Step<'_>) {
             "--ignored",
             "--nocapture",
         ]))
+    });
+    step("ten million instruction cases", &mut || {
+        let arguments = ["run", "--release", "--package", "atoll-oracle", "--", "--cases", "10000000"];
+        run_command(&mut cargo(&arguments))
     });
     if built {
         step("every kernel and a whole Debian", &mut || boot::run(&boot::Arguments::long()));

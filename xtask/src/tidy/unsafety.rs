@@ -24,6 +24,7 @@ const OPT_IN: &[&str] = &[
     // The host-processor test oracle.
     "testing/oracle/src/guest.rs",
     "testing/oracle/src/native.rs",
+    "testing/oracle/src/progress.rs",
 ];
 
 /// How far above an `unsafe` the beginning of its statement may be.
