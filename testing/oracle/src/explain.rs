@@ -1,7 +1,7 @@
 //! Differences that are no defect, each with its reason. Everything here is something that the architecture
 //! leaves open and on which processors are known to differ; the table stays short.
 
-use iced_x86::{Instruction, Mnemonic};
+use iced_x86::{Instruction, Mnemonic, Register};
 
 use crate::case::{After, Case, Mode};
 use crate::compare;
@@ -11,7 +11,7 @@ use crate::layout;
 pub type Byte = (u64, u8, u8);
 
 /// The reasons.
-pub const REASONS: [&str; 9] = [
+pub const REASONS: [&str; 13] = [
     "flags that BCD instructions leave undefined",
     "which of its faults a failing far transfer reports",
     "stack base of a far call that enters 64-bit code",
@@ -21,6 +21,10 @@ pub const REASONS: [&str; 9] = [
     "when the processor notices that bytes at the end of a page are no instruction",
     "whether the x87 opcode is kept after an instruction without an exception",
     "MXCSR_MASK and x87 opcode in one image",
+    "canonical check of an FS or GS offset before the base is added",
+    "alignment checks of long or masked operands",
+    "faults at bytes that a mask leaves out",
+    "width of what a far call with REX.W pushes",
 ];
 
 /// The reason (an index into [`REASONS`]) for which the two states may differ after executing `path`, whose
@@ -35,12 +39,12 @@ pub fn reason(
     let last = path.last()?;
     let before = path.len().checked_sub(2).and_then(|i| path.get(i)).unwrap_or(last);
     let rules: [&dyn Fn() -> bool; REASONS.len()] = [
-        &|| memory.is_empty() && decimal_flags(case, host, guest, path),
+        &|| decimal_flags(case, host, guest, memory, path),
         &|| memory.is_empty() && is_far(last) && both_refused(host, guest),
         &|| enters_long(case, host, guest) && (is_far(last) || is_far(before)),
         &|| only_mask(memory) && uses(path, FXSAVE) && compare::agree(case, host, guest),
         &|| host.vectors.0[26] & 2 != 0 && uses(path, MXCSR_LOADS),
-        &|| uses(&path[path.len() - 1..], LONG_OPERANDS) && memory_faults(host, guest),
+        &|| (uses(&path[path.len() - 1..], LONG_OPERANDS) || at_end(host)) && memory_faults(host, guest),
         &|| {
             last.is_invalid()
                 && (host.trap.vector, host.trap.error_code) == (14, 0x14)
@@ -53,6 +57,17 @@ pub fn reason(
                 && compare::agree(case, host, guest)
                 && memory.iter().all(|b| b.2 == 0)
                 && memory.last().is_some_and(|b| only_mask(&[*b]))
+        },
+        &|| case.mode == Mode::Long && host.trap.vector == 13 && guest.trap.vector == 14 && has_base(last),
+        &|| {
+            (host.trap.vector == 17 && uses(path, LONG_OPERANDS))
+                || (guest.trap.vector == 17 && uses(&[*last], MASKED))
+        },
+        &|| host.trap.vector == 14 && uses(path, MASKED_BYTES),
+        &|| {
+            case.mode == Mode::Long
+                && (is_far(last) || is_far(before))
+                && host.gpr[4].wrapping_add(8) == guest.gpr[4]
         },
     ];
     rules.iter().position(|rule| rule())
@@ -78,6 +93,19 @@ const LONG_OPERANDS: &[Mnemonic] = &[
 /// Images with the last x87 opcode.
 const IMAGES: &[Mnemonic] = &[Mnemonic::Fxsave, Mnemonic::Fxsave64, Mnemonic::Fnsave, Mnemonic::Fnstenv];
 
+const MASKED_BYTES: &[Mnemonic] = &[Mnemonic::Maskmovq, Mnemonic::Maskmovdqu, Mnemonic::Vmaskmovdqu];
+const MASKED: &[Mnemonic] =
+    &[Mnemonic::Vmaskmovps, Mnemonic::Vmaskmovpd, Mnemonic::Vpmaskmovd, Mnemonic::Vpmaskmovq];
+
+fn has_base(instruction: &Instruction) -> bool {
+    matches!(instruction.memory_segment(), Register::FS | Register::GS)
+}
+
+/// A page fault of an instruction fetch.
+fn fetches(after: &After) -> bool {
+    after.trap.vector == 14 && after.trap.error_code & 0x10 != 0
+}
+
 fn uses(path: &[Instruction], any: &[Mnemonic]) -> bool {
     path.iter().any(|i| any.contains(&i.mnemonic()))
 }
@@ -99,14 +127,14 @@ pub fn undefined_by(mnemonic: Mnemonic) -> u64 {
     }
 }
 
-fn decimal_flags(case: &Case, host: &After, guest: &After, path: &[Instruction]) -> bool {
+fn decimal_flags(case: &Case, host: &After, guest: &After, memory: &[Byte], path: &[Instruction]) -> bool {
     let undefined = path.iter().fold(0, |flags, i| flags | undefined_by(i.mnemonic()));
     let mut same = guest.clone();
     same.rflags = guest.rflags & !undefined | host.rflags & undefined;
     let compared = path.iter().position(|i| undefined_by(i.mnemonic()) != 0);
     // Generated cases end with such an instruction; flipped bits and jumps can put others after it.
     let goes_on = compared.is_some_and(|at| at + 2 < path.len());
-    undefined != 0 && (goes_on || compare::agree(case, host, &same))
+    undefined != 0 && (goes_on || memory.is_empty() && compare::agree(case, host, &same))
 }
 
 fn is_far(instruction: &Instruction) -> bool {
@@ -119,7 +147,7 @@ fn is_far(instruction: &Instruction) -> bool {
 }
 
 fn both_refused(host: &After, guest: &After) -> bool {
-    let refused = |after: &After| (10..=14).contains(&after.trap.vector);
+    let refused = |after: &After| matches!(after.trap.vector, 10..=14 | 17);
     refused(host) && refused(guest) && host.rip == guest.rip && host.gpr == guest.gpr
 }
 
@@ -143,9 +171,15 @@ fn only_opcode(memory: &[Byte]) -> bool {
     }
 }
 
+/// The last bytes that a program can address.
+fn at_end(host: &After) -> bool {
+    host.trap.vector == 14 && (0x7fff_ffff_f000..0x8000_0000_0000).contains(&host.trap.address)
+}
+
 fn memory_faults(host: &After, guest: &After) -> bool {
     let (h, g) = (&host.trap, &guest.trap);
     let refused = |vector: u64| (12..=14).contains(&vector);
-    let near = h.vector != 14 || g.vector != 14 || h.address.abs_diff(g.address) < 512;
+    // At the end of the canonical addresses the first part faults before the last one is refused.
+    let near = h.vector != 14 || g.vector != 14 || h.address.wrapping_sub(g.address).wrapping_add(512) < 1024;
     refused(h.vector) && refused(g.vector) && host.rip == guest.rip && near
 }

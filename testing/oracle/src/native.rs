@@ -458,9 +458,9 @@ fn install_segments() -> io::Result<()> {
                 | bit(!local.present, 5)
                 | 1 << 6,
         };
-        // SAFETY: modify_ldt(1) reads one structure of the size given.
+        // SAFETY: modify_ldt(0x11) reads one structure of the size given.
         let result =
-            unsafe { libc::syscall(libc::SYS_modify_ldt, 1, &raw mut descriptor, size_of::<UserDesc>()) };
+            unsafe { libc::syscall(libc::SYS_modify_ldt, 0x11, &raw mut descriptor, size_of::<UserDesc>()) };
         // The kernel returns an int, so errors arrive as large positive numbers.
         if result as i32 != 0 {
             return Err(io::Error::other(format!("modify_ldt: {result}; 16-bit cases need it")));

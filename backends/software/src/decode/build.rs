@@ -249,12 +249,26 @@ impl Blocks {
 
     /// The op of an instruction, and whether it ends a block.
     fn digest(&mut self, cpu: &Cpu, instruction: &Instruction, bytes: &[u8]) -> (Op, bool) {
+        let exchange = exchange_not_pause(cpu, instruction, bytes);
+        let instruction = exchange.as_ref().unwrap_or(instruction);
         if instruction.code() == Code::INVALID {
             let too_long = exceeds_length(cpu, bytes);
             return (Op::new(if too_long { rare::too_long } else { rare::undefined }), true);
         }
         select::select(cpu, instruction, &mut self.instructions)
     }
+}
+
+/// F3 90 with REX.B is XCHG R8 with the accumulator, not PAUSE as the decoder has it.
+fn exchange_not_pause(cpu: &Cpu, instruction: &Instruction, bytes: &[u8]) -> Option<Instruction> {
+    let rex = *bytes.get(instruction.len().checked_sub(2)?)?;
+    if instruction.code() != Code::Pause || cpu.mode.bits != 64 || rex & 0xf1 != 0x41 {
+        return None;
+    }
+    let plain: Vec<u8> = bytes.iter().take(instruction.len()).copied().filter(|b| *b != 0xf3).collect();
+    let mut exchange = decoder(cpu, &plain).decode();
+    exchange.set_len(instruction.len());
+    Some(exchange)
 }
 
 enum Taken {

@@ -121,8 +121,13 @@ pub(crate) fn cmpxchg<T: Arith>(cpu: &mut Cpu, env: &Env<'_>, op: &Op) -> Flow {
         T::sub(flags, accumulator, old);
         if old == accumulator { new } else { old }
     };
+    let before = cpu.gpr[(op.dst & 15) as usize];
     let outcome = modify_rm::<T>(cpu, env, op, 0, compare).map(|old| {
         if old != accumulator {
+            // A register that is not replaced keeps its upper half, too.
+            if op.flags & FLAG_MEMORY == 0 {
+                cpu.gpr[(op.dst & 15) as usize] = before;
+            }
             T::set(cpu, 0, old);
         }
     });

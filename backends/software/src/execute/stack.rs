@@ -171,7 +171,8 @@ pub(crate) fn enter<T: Operand>(cpu: &mut Cpu, env: &Env<'_>, op: &Op) -> Flow {
         let level = op.disp & 31;
         let frame_pointer = cpu.gpr[gpr::RBP];
         let mut sp = cpu.push_at(env, cpu.stack_pointer(), T::from_u64(frame_pointer))?;
-        let frame = sp;
+        // All of ESP, even on a 16-bit stack.
+        let frame = cpu.gpr[gpr::RSP] & !cpu.stack_mask() | sp;
         if level > 0 {
             let mut outer = frame_pointer;
             for _ in 1..level {

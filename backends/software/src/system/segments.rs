@@ -13,7 +13,7 @@ use iced_x86::{Instruction, Mnemonic, OpKind};
 use super::descriptor::{
     Descriptor, fetch, fetch_upper, gp, is_null, kind, np, set_type_bits, ss as stack_fault,
 };
-use super::memory::{is_canonical, load, store, truncate};
+use super::memory::{is_canonical, store, truncate};
 use super::operand;
 use crate::access::Access;
 use crate::cpu::{Cpu, flag};
@@ -266,8 +266,8 @@ fn load_far_pointer(cpu: &mut Cpu, io: &dyn CpuIo, i: &Instruction) -> Outcome {
         _ => seg::SS,
     };
     let size = i.op_register(0).size() as u32;
-    let linear = operand::memory_linear(cpu, i, 0, u64::from(size) + 2, Access::Read)?;
-    let offset = load(cpu, io, linear, size, Access::Read)?;
+    // Two accesses: the selector may lie beyond the point where 16-bit addresses wrap.
+    let offset = operand::read_memory(cpu, io, i, 0, size)?;
     let selector = operand::read_memory(cpu, io, i, u64::from(size), 2)? as u16;
     load_segment(cpu, io, register, selector)?;
     operand::write_register(cpu, i.op_register(0), offset);
