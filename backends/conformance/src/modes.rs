@@ -323,7 +323,6 @@ pub(crate) fn system_calls_enter_and_leave_the_kernel<B: Backend>(backend: &B) {
         let (mut user, mut call, mut end) = (a.create_label(), a.create_label(), a.create_label());
         let (mut first, mut second) = (a.create_label(), a.create_label());
         a.faults(&[13, 14]);
-        a.own_handler(0x40, end);
         let star = u64::from(selector::CODE32) << 32 | u64::from(selector::USER_CODE32 | 3) << 48;
         a.msr_write(0xc000_0081, star)?;
         a.msr_write(0xc000_0084, 0x200)?;
@@ -366,6 +365,7 @@ pub(crate) fn system_calls_enter_and_leave_the_kernel<B: Backend>(backend: &B) {
         a.pop(r14)?;
         a.sysretq()?;
         a.set_label(&mut end)?;
+        a.own_handler(0x40, end);
         a.mov(r15, rsp)?;
         a.exit()?;
         Ok(vec![])

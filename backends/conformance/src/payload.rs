@@ -257,7 +257,7 @@ impl Payload {
         self.handlers.extend(vectors.iter().map(|&v| Handler::Fault(v)));
     }
 
-    /// Gives `vector` a handler of the program's own.
+    /// Gives `vector` a handler of the program's own, whose label is already placed.
     pub fn own_handler(&mut self, vector: u8, label: CodeLabel) {
         self.handlers.push(Handler::Own(vector, label));
     }
