@@ -297,8 +297,10 @@ fn exceeds_length(cpu: &Cpu, bytes: &[u8]) -> bool {
         return false;
     }
     let mut short: Vec<u8> = Vec::with_capacity(bytes.len());
-    for &b in &bytes[..prefixes] {
-        if !short.contains(&b) {
+    for (at, &b) in bytes[..prefixes].iter().enumerate() {
+        // A REX prefix counts only right before the opcode.
+        let idle = long && b & 0xf0 == 0x40 && at + 1 < prefixes;
+        if !idle && !short.contains(&b) {
             short.push(b);
         }
     }

@@ -8,8 +8,8 @@
 //!                                        └─not found─► build.rs (iced-x86) ──► select/ (handlers)
 //! ```
 //!
-//! A block is a straight run of instructions up to a control transfer, a system instruction, the end of the
-//! page, or [`MAX_OPS`]. An instruction that straddles pages is a block of its own, checked against both pages.
+//! A block is a straight run of instructions up to an unconditional transfer, a system instruction, the end of
+//! the page, or [`MAX_OPS`]; it is left early where a conditional branch is taken. An instruction that straddles pages is a block of its own, checked against both pages.
 //! Because blocks are keyed by the identity of physical memory, they survive changes of address space; the
 //! jump table in front depends on [`Mmu::fetch_contexts`](crate::mmu::Mmu) and is relearned.
 //!

@@ -205,7 +205,8 @@ pub(super) fn select(cpu: &Cpu, insn: &Instruction, kept: &mut Vec<Instruction>)
     if let Some(op) = found {
         return (op, false);
     }
-    let vector = vex || insn.mnemonic() == Mnemonic::Wait || insn.cpuid_features().iter().any(|&f| is_vector(f));
+    let vector =
+        vex || insn.mnemonic() == Mnemonic::Wait || insn.cpuid_features().iter().any(|&f| is_vector(f));
     let vector = vector && !matches!(insn.mnemonic(), Mnemonic::Xgetbv | Mnemonic::Xsetbv);
     let mut op = Op::new(if vector { rare::vector } else { rare::system });
     op.imm = kept.len() as u64;

@@ -1,7 +1,7 @@
 //! Near control transfers: Jcc, JMP, CALL, RET, LOOP and JCXZ.
 //!
 //! A target is checked before anything changes: canonical in 64-bit mode, inside the code segment's limit
-//! elsewhere. The `64` forms are for 64-bit operands in 64-bit mode; the others mask by operand size.
+//! elsewhere. A Jcc that is not taken goes on in its block, so that a block ends where control really leaves. The `64` forms are for 64-bit operands in 64-bit mode; the others mask by operand size.
 
 use atoll_machine::cpu::state::{gpr, seg};
 
@@ -50,8 +50,7 @@ pub(crate) fn jcc64<const CC: u8>(cpu: &mut Cpu, _: &Env<'_>, op: &Op) -> Flow {
         let target = relative64(cpu, op);
         go64(cpu, target)
     } else {
-        cpu.next_rip = cpu.rip.wrapping_add(u64::from(op.offset) + u64::from(op.len));
-        Flow::End
+        Flow::Next
     }
 }
 
@@ -82,6 +81,10 @@ pub(crate) fn call64_rm(cpu: &mut Cpu, env: &Env<'_>, op: &Op) -> Flow {
     fn body(cpu: &mut Cpu, env: &Env<'_>, op: &Op) -> Outcome {
         let target = read_rm::<u64>(cpu, env, op)?;
         if !is_canonical(target) {
+            // What is wrong with the stack comes first.
+            let sp = cpu.gpr[gpr::RSP].wrapping_sub(8);
+            let linear = cpu.linear(seg::SS, sp, 8, Access::Write)?;
+            cpu.probe(env.io, linear, 8, Access::Write)?;
             return Err(Exception::GP0);
         }
         let back = cpu.op_next_rip(op);
@@ -109,8 +112,7 @@ pub(crate) fn ret64(cpu: &mut Cpu, env: &Env<'_>, op: &Op) -> Flow {
 
 pub(crate) fn jcc<T: Operand, const CC: u8>(cpu: &mut Cpu, _: &Env<'_>, op: &Op) -> Flow {
     if !condition::<CC>(cpu.rflags) {
-        cpu.next_rip = cpu.op_next_rip(op);
-        return Flow::End;
+        return Flow::Next;
     }
     let target = relative64(cpu, op);
     let outcome = go::<T>(cpu, target);
@@ -124,7 +126,17 @@ pub(crate) fn jmp<T: Operand>(cpu: &mut Cpu, _: &Env<'_>, op: &Op) -> Flow {
 }
 
 fn call_to<T: Operand>(cpu: &mut Cpu, env: &Env<'_>, op: &Op, target: u64) -> Outcome {
-    let target = checked::<T>(cpu, target)?;
+    let target = match checked::<T>(cpu, target) {
+        Ok(target) => target,
+        Err(exception) => {
+            // What is wrong with the stack comes first.
+            let sp = cpu.stack_pointer().wrapping_sub(T::BYTES);
+            let sp = if cpu.mode.stack_bits == 16 { sp & 0xffff } else { sp & 0xffff_ffff };
+            let linear = cpu.linear(seg::SS, sp, T::BYTES, Access::Write)?;
+            cpu.probe(env.io, linear, T::BYTES, Access::Write)?;
+            return Err(exception);
+        }
+    };
     let back = cpu.op_next_rip(op);
     cpu.push(env, T::from_u64(back))?;
     cpu.next_rip = target;

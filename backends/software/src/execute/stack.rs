@@ -8,7 +8,7 @@ use atoll_machine::cpu::state::{gpr, seg};
 use crate::access::Access;
 use crate::cpu::Cpu;
 use crate::decode::Op;
-use crate::exception::Outcome;
+use crate::exception::{Exception, Outcome, vector};
 use crate::execute::operand::{Operand, op_linear, op_linear_dyn};
 use crate::execute::{Env, Flow};
 
@@ -185,6 +185,9 @@ pub(crate) fn enter<T: Operand>(cpu: &mut Cpu, env: &Env<'_>, op: &Op) -> Flow {
         let sp = sp.wrapping_sub(op.imm & 0xffff) & cpu.stack_mask();
         // The new top of stack must be writable (Intel SDM vol. 2, ENTER).
         let linear = cpu.linear(seg::SS, sp, T::BYTES, Access::Write)?;
+        if cpu.mmu.checks_alignment() && linear & (T::BYTES - 1) != 0 {
+            return Err(Exception::with_code(vector::AC, 0));
+        }
         cpu.probe(env.io, linear, T::BYTES, Access::Write)?;
         cpu.set_stack_pointer(sp);
         T::set(cpu, gpr::RBP as u8, T::from_u64(frame));
