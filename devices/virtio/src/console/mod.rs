@@ -61,6 +61,8 @@ struct State {
     rows: u16,
     /// Set while the driver is there.
     handle: DeviceHandle,
+    /// The driver has been told the size since it started.
+    size_announced: bool,
     /// Somebody was refused and waits for room.
     refused: bool,
     on_space: Option<SpaceCallback>,
@@ -168,6 +170,7 @@ impl Console {
 
     fn process_transmit(&self, run: &mut QueueRun<'_>) -> Result<Progress, QueueError> {
         run.pump(|chain, _inline| {
+            self.inner.announce_size();
             let total = chain.readable.remaining();
             let mut rest = total.min(MAX_OUTPUT_BYTES);
             ConsoleMetrics::add(&self.inner.metrics.output_bytes, rest);
@@ -185,6 +188,18 @@ impl Console {
 }
 
 impl Inner {
+    /// Linux reads the size of a console without multiport only when the configuration changes, and forgets a
+    /// change from before its console exists. The first output shows that it does.
+    fn announce_size(&self) {
+        let mut state = lock(&self.state);
+        if std::mem::replace(&mut state.size_announced, true) || (state.columns, state.rows) == (0, 0) {
+            return;
+        }
+        let handle = state.handle.clone();
+        drop(state);
+        handle.config_changed();
+    }
+
     fn push(&self, bytes: &[u8]) {
         let mut state = lock(&self.state);
         state.backlog.extend(bytes);
@@ -256,7 +271,9 @@ impl VirtioDevice for Console {
     }
 
     fn activate(&self, _features: u64, handle: &DeviceHandle) {
-        lock(&self.inner.state).handle = handle.clone();
+        let mut state = lock(&self.inner.state);
+        state.handle = handle.clone();
+        state.size_announced = false;
     }
 
     fn reset(&self) {

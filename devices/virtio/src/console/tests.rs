@@ -22,7 +22,8 @@ fn output_reaches_the_sink_in_order() {
     driver.kick(1);
     assert_eq!(*lock(&output), b"hello, world\nhello");
     assert!(driver.take_used(1).is_some() && driver.take_used(1).is_some());
-    assert_eq!(driver.interrupts.take(), [2]);
+    // The configuration's interrupt announces the size, once; then the queue's.
+    assert_eq!(driver.interrupts.take(), [0, 2]);
 }
 
 #[test]
@@ -72,6 +73,20 @@ fn resizing_raises_a_configuration_interrupt_once() {
     assert_eq!(driver.interrupts.take(), [0]);
     assert_eq!(driver.config::<4>(0), [132, 0, 43, 0]);
     assert_ne!(driver.read8(0x15), generation);
+}
+
+#[test]
+fn the_first_output_announces_the_size_to_a_driver_that_reads_it_only_on_a_change() {
+    let machine = TestMachine::new();
+    let (console, _) = console(&machine);
+    let mut driver = TestDriver::probe(&machine, console, 0);
+    driver.start(Setup::default());
+    assert!(!driver.interrupts.take().contains(&0));
+    for expected in [true, false] {
+        driver.add(1, &[out(0, 1)]);
+        driver.kick(1);
+        assert_eq!(driver.interrupts.take().contains(&0), expected);
+    }
 }
 
 #[test]
