@@ -5,7 +5,7 @@
 //! hour of day makes of it.
 
 use atoll_machine::cpu::model::{CpuModel, Feature, Vendor};
-use iced_x86::{Code, CpuidFeature, DecoderOptions, EncodingKind, Instruction, Mnemonic};
+use iced_x86::{Code, CpuidFeature, DecoderOptions, EncodingKind, Instruction, Mnemonic, OpKind};
 
 use crate::case::Mode;
 
@@ -38,7 +38,7 @@ impl Eligibility {
     /// Whether a decoded instruction may run on both sides. Undecodable bytes may: they raise #UD or #GP.
     pub fn instruction(&self, instruction: &Instruction) -> bool {
         instruction.is_invalid()
-            || self.code(instruction.code()) && !enters_kernel(instruction) && !prefixed_loop(instruction)
+            || self.code(instruction.code()) && !enters_kernel(instruction) && !vendor_specific(instruction)
     }
 
     /// The encodings that can be generated for `mode`.
@@ -60,10 +60,18 @@ fn enters_kernel(instruction: &Instruction) -> bool {
     instruction.mnemonic() == Mnemonic::Int && instruction.immediate8() == 0x80
 }
 
-/// A repeat prefix on LOOPE or LOOPNE is reserved; some processors let it change the condition.
-fn prefixed_loop(instruction: &Instruction) -> bool {
-    matches!(instruction.mnemonic(), Mnemonic::Loope | Mnemonic::Loopne)
-        && (instruction.has_rep_prefix() || instruction.has_repne_prefix())
+/// A repeat prefix on LOOPE or LOOPNE is reserved; some processors let it change the condition. MOVSXD to a
+/// 16-bit register reads two bytes on Intel's processors and four on AMD's.
+fn vendor_specific(instruction: &Instruction) -> bool {
+    let repeated = instruction.has_rep_prefix() || instruction.has_repne_prefix();
+    let loops = matches!(instruction.mnemonic(), Mnemonic::Loope | Mnemonic::Loopne);
+    let narrow = instruction.code() == Code::Movsxd_r16_rm16 && instruction.op1_kind() == OpKind::Memory;
+    loops && repeated || narrow
+}
+
+/// VPERMQ and VPERMPD with VEX.W = 0 do not exist; some processors execute them.
+pub fn reserved_permutation(bytes: &[u8]) -> bool {
+    bytes.windows(4).any(|w| matches!(w, [0xc4, map, wide, 0 | 1] if map & 0x1f == 3 && wide & 0x80 == 0))
 }
 
 /// Instructions whose outcome is not the processor's alone.

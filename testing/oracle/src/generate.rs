@@ -173,7 +173,7 @@ impl Generator {
 
     /// Whether bytes that may be anything contain nothing that cannot be compared.
     pub(crate) fn acceptable(&self, bytes: &[u8], mode: Mode, rip: u64) -> bool {
-        if eligible::dangerous_bytes(bytes) {
+        if eligible::dangerous_bytes(bytes) || eligible::reserved_permutation(bytes) {
             return false;
         }
         let mut at = 0;

@@ -15,7 +15,7 @@ use crate::explain::REASONS;
 pub const MAX_JOBS: usize = 64;
 
 /// Why a case was not compared.
-pub const SKIPPED: [&str; 4] = ["endless", "single-stepped", "not comparable", "stopped"];
+pub const SKIPPED: [&str; 5] = ["endless", "single-stepped", "not comparable", "stopped", "did not recur"];
 
 /// Counters. All zero to begin with.
 #[repr(C)]

@@ -84,7 +84,7 @@ pub(crate) fn call64_rm(cpu: &mut Cpu, env: &Env<'_>, op: &Op) -> Flow {
             // What is wrong with the stack comes first.
             let sp = cpu.gpr[gpr::RSP].wrapping_sub(8);
             let linear = cpu.linear(seg::SS, sp, 8, Access::Write)?;
-            cpu.probe(env.io, linear, 8, Access::Write)?;
+            cpu.probe_push(env, linear, 8)?;
             return Err(Exception::GP0);
         }
         let back = cpu.op_next_rip(op);
@@ -133,7 +133,7 @@ fn call_to<T: Operand>(cpu: &mut Cpu, env: &Env<'_>, op: &Op, target: u64) -> Ou
             let sp = cpu.stack_pointer().wrapping_sub(T::BYTES);
             let sp = if cpu.mode.stack_bits == 16 { sp & 0xffff } else { sp & 0xffff_ffff };
             let linear = cpu.linear(seg::SS, sp, T::BYTES, Access::Write)?;
-            cpu.probe(env.io, linear, T::BYTES, Access::Write)?;
+            cpu.probe_push(env, linear, T::BYTES)?;
             return Err(exception);
         }
     };

@@ -183,11 +183,11 @@ pub(crate) fn cmpxchg16b(cpu: &mut Cpu, env: &Env<'_>, op: &Op) -> Flow {
             |cpu: &Cpu, low: usize, high: usize| u128::from(cpu.gpr[low]) | u128::from(cpu.gpr[high]) << 64;
         let segment = op.segment as usize;
         let linear = op_linear_dyn(cpu, op, 0, 16, Access::Write)?;
-        if !crate::access::is_canonical(linear) {
-            return Err(segment_fault(segment));
-        }
         if linear & 15 != 0 {
             return Err(Exception::GP0);
+        }
+        if !crate::access::is_canonical(linear) {
+            return Err(segment_fault(segment));
         }
         let expected = pair(cpu, gpr::RAX, gpr::RDX);
         let new = pair(cpu, gpr::RBX, gpr::RCX);

@@ -59,6 +59,14 @@ impl Cpu {
         Ok((value, sp.wrapping_add(T::BYTES) & self.stack_mask()))
     }
 
+    /// What a push of `size` bytes at `linear` would fault with.
+    pub(crate) fn probe_push(&mut self, env: &Env<'_>, linear: u64, size: u64) -> Outcome {
+        if self.mmu.checks_alignment() && linear & (size - 1) != 0 {
+            return Err(Exception::with_code(vector::AC, 0));
+        }
+        self.probe(env.io, linear, size, Access::Write)
+    }
+
     /// PUSH.
     pub(crate) fn push<T: Operand>(&mut self, env: &Env<'_>, value: T) -> Outcome {
         let sp = self.push_at(env, self.stack_pointer(), value)?;
@@ -185,10 +193,7 @@ pub(crate) fn enter<T: Operand>(cpu: &mut Cpu, env: &Env<'_>, op: &Op) -> Flow {
         let sp = sp.wrapping_sub(op.imm & 0xffff) & cpu.stack_mask();
         // The new top of stack must be writable (Intel SDM vol. 2, ENTER).
         let linear = cpu.linear(seg::SS, sp, T::BYTES, Access::Write)?;
-        if cpu.mmu.checks_alignment() && linear & (T::BYTES - 1) != 0 {
-            return Err(Exception::with_code(vector::AC, 0));
-        }
-        cpu.probe(env.io, linear, T::BYTES, Access::Write)?;
+        cpu.probe_push(env, linear, T::BYTES)?;
         cpu.set_stack_pointer(sp);
         T::set(cpu, gpr::RBP as u8, T::from_u64(frame));
         Ok(())

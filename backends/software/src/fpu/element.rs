@@ -95,7 +95,9 @@ pub(super) fn mask_move(cpu: &mut Cpu, io: &dyn CpuIo, instruction: &Instruction
     let mask = cpu.xsave.ymm(instruction.op1_register().number());
     let selected = |i: usize| mask[(i + 1) * element - 1] & 0x80 != 0;
     let address = |cpu: &Cpu, i: usize, access| {
-        let offset = operand::truncate(cpu, instruction, base.wrapping_add((i * element) as u64));
+        // One operand: it does not wrap where 16- and 32-bit addresses do, so an element can pass the limit.
+        let offset = base.wrapping_add((i * element) as u64);
+        let offset = if cpu.mode.bits == 64 { operand::truncate(cpu, instruction, offset) } else { offset };
         cpu.linear(segment, offset, element as u64, access)
     };
     if instruction.op0_kind() == OpKind::Memory {

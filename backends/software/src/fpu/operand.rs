@@ -48,7 +48,7 @@ pub(super) fn linear(
     let linear = cpu.linear(segment, offset, size, access)?;
     if cpu.cr0 & control::CR0_AM != 0 && cpu.rflags & flag::AC != 0 && cpu.mode.cpl == 3 {
         let natural = if size == 10 { 8 } else { size.min(16) };
-        if natural.is_power_of_two() && linear & (natural - 1) != 0 {
+        if (size == 10 || size.is_power_of_two()) && linear & (natural - 1) != 0 {
             return Err(Exception::with_code(vector::AC, 0));
         }
     }
