@@ -8,7 +8,7 @@
 
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, Weak};
 use std::time::Duration;
 
 use atoll_machine::backend::{Backend, CpuIo, HaltReason, Partition, PartitionConfig, StopFlag, Vcpu};
@@ -119,7 +119,8 @@ impl<P: Partition> CpuIo for Seat<'_, P> {
 pub struct OneLinePic {
     vector: AtomicU8,
     acknowledged: AtomicU32,
-    sink: OnceLock<Arc<dyn ExtIntSink>>,
+    /// Weak, because what it leads to holds this controller.
+    sink: OnceLock<Weak<dyn ExtIntSink>>,
 }
 
 impl OneLinePic {
@@ -135,7 +136,7 @@ impl OneLinePic {
     }
 
     fn drive(&self, high: bool) {
-        if let Some(sink) = self.sink.get() {
+        if let Some(sink) = self.sink.get().and_then(Weak::upgrade) {
             sink.set_extint(high);
         }
     }
@@ -247,6 +248,7 @@ pub struct Machine<P: Partition> {
     pub eoi: Arc<EoiLog>,
     /// What is tested.
     pub partition: Arc<P>,
+    _extint: Arc<dyn ExtIntSink>,
     board: Board,
     stops: Vec<StopFlag>,
 }
@@ -278,7 +280,8 @@ impl<P: Partition> Machine<P> {
             eoi: Some(eoi.clone()),
         };
         let partition = backend.create_partition(config).expect("a partition");
-        let _ = pic.sink.set(partition.extint_sink());
+        let extint = partition.extint_sink();
+        let _ = pic.sink.set(Arc::downgrade(&extint));
         let board = Board {
             memory: memory.clone(),
             log: Mutex::default(),
@@ -287,7 +290,7 @@ impl<P: Partition> Machine<P> {
         };
         payload::write_tables(&ram, cpus);
         let stops = (0..cpus).map(|_| StopFlag::new()).collect();
-        Self { memory, ram, rom, model, topology, clock, pic, eoi, partition, board, stops }
+        Self { memory, ram, rom, model, topology, clock, pic, eoi, partition, _extint: extint, board, stops }
     }
 
     /// vCPU `index` in its power-on state.

@@ -119,7 +119,7 @@ fn put(ram: &RamBlock, at: u64, values: &[u64]) {
 pub(crate) fn write_tables(ram: &RamBlock, cpus: u32) {
     put(ram, PML4, &[0x2000 | 0x67]);
     put(ram, 0x2000, &[0x3000 | 0x67, 0, 0, 0x4000 | 0x67]);
-    let large = |base: u64| (0..512).map(|i| base + (i << 21) | 0xe7).collect::<Vec<u64>>();
+    let large = |base: u64| (0..512).map(|i| (base + (i << 21)) | 0xe7).collect::<Vec<u64>>();
     put(ram, 0x3000, &large(0));
     put(ram, 0x4000, &large(0xc000_0000));
     put(ram, GDT, &TABLE);

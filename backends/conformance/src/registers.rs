@@ -357,8 +357,11 @@ pub(crate) fn guests_see_the_state_that_was_set<B: Backend>(backend: &B) {
     assert_eq!(seen[12..], [0xa5a5_a5a5_a5a5_a5a5; 2]);
 }
 
-/// What no processor holds, each with a name.
-const IMPOSSIBLE: [(&str, fn(&mut CpuState)); 16] = [
+/// A name, and what makes a state impossible.
+type Spoiler = (&'static str, fn(&mut CpuState));
+
+/// What no processor holds.
+const IMPOSSIBLE: [Spoiler; 16] = [
     ("rflags without bit 1", |s| s.rflags = 0),
     ("paging without protection", |s| s.cr0 = 1 << 31),
     ("reserved bit of CR0", |s| s.cr0 |= 1 << 40),
