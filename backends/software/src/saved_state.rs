@@ -108,6 +108,7 @@ fn invalid(field: &'static str, why: impl Into<String>) -> Result<(), StateError
 
 /// Refuses what no processor of the model could hold.
 pub(crate) fn check(cpu: &Cpu, s: &CpuState) -> Result<(), StateError> {
+    s.check(&cpu.shared.model)?;
     check_control(cpu, s)?;
     check_segments(s)?;
     check_xsave(cpu, s)?;
