@@ -18,6 +18,20 @@
 //! after the instruction, and the next one is looked up again, so changed code and a changed address space
 //! are seen by the very next instruction.
 
+//! # What the speed comes from
+//!
+//! `examples/mips.rs` on one virtual EPYC core, millions of guest instructions per second of processor time:
+//!
+//! | | ALU | memory | calls | branches |
+//! |---|---|---|---|---|
+//! | as it is | 435 | 333 | 250 | 232 |
+//! | a block ends at every Jcc | 432 | 332 | 250 | 200 |
+//! | one addressing form for all (`operand::ANY`) | 384 | 217 | 245 | 221 |
+//! | no jump table: fetch TLB and buckets per block | 239 | 161 | 95 | 115 |
+//!
+//! Debian's 6.1 cloud kernel boots to its first look for a root file system in 1.32 G instructions and 4.9 s. Of
+//! that a fifth is the dispatch loop below, 7 % walks of paging structures, 2 % decoding.
+
 use std::sync::atomic::Ordering;
 
 use atoll_machine::backend::CpuIo;
