@@ -442,7 +442,9 @@ impl Cpu {
     }
 
     fn check_canonical(&self, segment: usize, linear: u64, size: u64) -> Outcome {
-        if !self.mode.long || (is_canonical(linear) && is_canonical(linear.wrapping_add(size - 1))) {
+        if !self.mode.long
+            || (is_canonical(linear) && is_canonical(linear.wrapping_add(size.wrapping_sub(1))))
+        {
             Ok(())
         } else {
             Err(segment_fault(segment))

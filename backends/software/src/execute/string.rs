@@ -26,6 +26,8 @@ pub(crate) const FLAG_REPNE: u8 = FLAG_LOCK;
 
 /// Elements between two looks at requests.
 const ELEMENTS_PER_LOOK: u64 = 4096;
+/// Elements until the run loop gets control, which looks at timers.
+const ELEMENTS_PER_TURN: u64 = 1 << 17;
 
 /// Registers and address size of a string instruction.
 #[derive(Clone, Copy)]
@@ -78,11 +80,10 @@ fn repeat(cpu: &mut Cpu, shape: Shape, mut run: impl FnMut(&mut Cpu, u64) -> Out
         return cpu.flow(outcome, Flow::Next);
     }
     let single = cpu.rflags & flag::TF != 0 || cpu.mmu.watching();
-    let mut since_look = 0;
+    let mut total = 0;
     loop {
         let left = shape.get(cpu, gpr::RCX);
         if left == 0 {
-            // A counter of zero is still written: a 32-bit counter clears the upper half.
             return Flow::Next;
         }
         let (done, stop) = match run(cpu, if single { 1 } else { left.min(ELEMENTS_PER_LOOK) }) {
@@ -93,13 +94,11 @@ fn repeat(cpu: &mut Cpu, shape: Shape, mut run: impl FnMut(&mut Cpu, u64) -> Out
         if stop || left == done {
             return Flow::Next;
         }
-        since_look += done;
-        let asked = since_look >= ELEMENTS_PER_LOOK && cpu.requests.load(Ordering::Relaxed) != 0;
-        if single || asked || (cpu.recheck && since_look >= ELEMENTS_PER_LOOK) {
+        let looks = total / ELEMENTS_PER_LOOK;
+        total += done;
+        let asked = total / ELEMENTS_PER_LOOK != looks && cpu.requests.load(Ordering::Relaxed) != 0;
+        if single || asked || total >= ELEMENTS_PER_TURN {
             return Flow::Again;
-        }
-        if since_look >= ELEMENTS_PER_LOOK {
-            since_look = 0;
         }
     }
 }

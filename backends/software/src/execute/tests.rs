@@ -827,6 +827,18 @@ fn requests_interrupt_a_long_copy_with_exact_counters() {
 }
 
 #[test]
+fn a_very_long_copy_gives_the_run_loop_a_turn() {
+    let mut m = Machine::long(8);
+    m.load_code(&assemble(64, CODE, |a| a.rep().stosb()));
+    m.cpu.gpr[RDI] = 0x20_0000;
+    m.cpu.gpr[RCX] = 0x40_0000;
+    assert_eq!(run(&mut m.cpu, &m.io), Leave::Events);
+    let left = m.cpu.gpr[RCX];
+    assert!(left > 0 && left < 0x40_0000 && m.cpu.rip == CODE && m.cpu.retired == 0, "{left:#x}");
+    assert_eq!(m.cpu.gpr[RDI], 0x60_0000 - left);
+}
+
+#[test]
 fn dirty_logs_see_stores_of_the_interpreter() {
     let mut m = Machine::long(8);
     m.cpu.gpr[RBX] = DATA;
