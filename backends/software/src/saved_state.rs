@@ -75,7 +75,7 @@ pub(crate) fn save(cpu: &mut Cpu) -> CpuState {
         activity: cpu.activity,
         interrupt_shadow: cpu.interrupt_shadow,
         nmi_blocked: cpu.nmi_blocked,
-        nmi_pending: cpu.system.nmi_pending,
+        nmi_pending: cpu.system.nmis != 0,
         sipi_vector: cpu.system.sipi_vector,
         pending_event: pending_event(cpu),
     }
@@ -237,7 +237,7 @@ fn load_system(cpu: &mut Cpu, s: &CpuState) {
     let model = cpu.shared.model.clone();
     let mut system = SystemState::new(&model, cpu.system.index, cpu.system.lapic.id());
     system.pending_event = s.pending_event;
-    system.nmi_pending = s.nmi_pending;
+    system.nmis = u8::from(s.nmi_pending);
     system.sipi_vector = s.sipi_vector;
     system.lapic.restore(s.lapic.apic_base, &s.lapic.registers);
     system.lapic.set_cr8_if_changed(s.cr8 as u8);

@@ -76,9 +76,8 @@ impl SoftwareVcpu {
 
     fn take_control(&mut self) {
         let word = self.mailbox.take_control();
-        if word & control::NMI != 0 {
-            self.cpu.system.nmi_pending = true;
-        }
+        let nmis = u8::from(word & control::NMI != 0) + u8::from(word & control::SECOND_NMI != 0);
+        self.cpu.system.latch_nmis(nmis, self.cpu.nmi_blocked);
         if word & control::INIT != 0 {
             saved_state::init(&mut self.cpu);
         }
@@ -107,7 +106,7 @@ impl SoftwareVcpu {
         if inject(cpu, io) {
             return None;
         }
-        let leave = if debug::needs_step(cpu) { step(cpu, io) } else { Some(execute::run(cpu, io)) };
+        let leave = if debug::needs_step(cpu) { step(cpu, io) } else { Some(run(cpu, io)) };
         if let Some(Leave::Exception(exception)) = leave {
             raise(cpu, io, exception);
         }
@@ -179,7 +178,7 @@ fn can_wake(cpu: &Cpu) -> bool {
     let interrupts = cpu.rflags & flag::IF != 0;
     cpu.system.pending_debug != 0
         || cpu.system.pending_event.is_some()
-        || cpu.system.nmi_pending && !cpu.nmi_blocked
+        || cpu.system.nmis != 0 && !cpu.nmi_blocked
         || interrupts && (cpu.system.lapic.deliverable().is_some() || apic::extint_pending(cpu))
 }
 
@@ -202,8 +201,8 @@ fn inject(cpu: &mut Cpu, io: &dyn CpuIo) -> bool {
     if cpu.interrupt_shadow {
         return false;
     }
-    if cpu.system.nmi_pending && !cpu.nmi_blocked {
-        cpu.system.nmi_pending = false;
+    if cpu.system.nmis != 0 && !cpu.nmi_blocked {
+        cpu.system.nmis -= 1;
         let event = Event::nmi(cpu);
         delivery::deliver(cpu, io, event);
         return true;
@@ -235,6 +234,16 @@ fn raise(cpu: &mut Cpu, io: &dyn CpuIo, exception: Exception) {
         cpu.rip = cpu.next_rip;
     }
     delivery::raise(cpu, io, exception);
+}
+
+/// Executes instructions that nothing watches. Only a SYSRET that sets TF leaves a trap behind.
+fn run(cpu: &mut Cpu, io: &dyn CpuIo) -> Leave {
+    cpu.system.step_flag = None;
+    let leave = execute::run(cpu, io);
+    if cpu.system.step_flag.take() == Some(true) && !matches!(leave, Leave::Exception(_)) {
+        cpu.system.pending_debug |= debug::DR6_BS;
+    }
+    leave
 }
 
 /// Executes one instruction with everything that only single instructions can show: code breakpoints before
@@ -269,7 +278,8 @@ fn step(cpu: &mut Cpu, io: &dyn CpuIo) -> Option<Leave> {
         }
     }
     let mut dr6 = std::mem::take(&mut cpu.system.debug_hits) | std::mem::take(&mut cpu.mmu.watch_hits);
-    if cpu.system.step_flag.take().unwrap_or(single_step) {
+    // A load of SS lets the step pass unseen; data breakpoints it met wait for the next boundary.
+    if cpu.system.step_flag.take().unwrap_or(single_step && !cpu.system.debug_shadow) {
         dr6 |= debug::DR6_BS;
     }
     cpu.system.pending_debug |= dr6;

@@ -35,6 +35,8 @@ pub mod request {
 pub mod control {
     /// An NMI is latched.
     pub const NMI: u32 = 1 << 8;
+    /// A second NMI came before the first was seen.
+    pub const SECOND_NMI: u32 = 1 << 11;
     /// An INIT is latched.
     pub const INIT: u32 = 1 << 9;
     /// A start-up IPI is latched; bits 7..0 hold its vector.
@@ -140,7 +142,9 @@ impl Mailbox {
 
     /// Latches an NMI.
     pub fn post_nmi(&self) {
-        self.control.fetch_or(control::NMI, Ordering::SeqCst);
+        if self.control.fetch_or(control::NMI, Ordering::SeqCst) & control::NMI != 0 {
+            self.control.fetch_or(control::SECOND_NMI, Ordering::SeqCst);
+        }
         self.request(request::CONTROL);
     }
 

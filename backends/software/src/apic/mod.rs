@@ -321,7 +321,7 @@ pub(crate) fn lint0_edge(cpu: &mut Cpu) {
     }
     match cpu.system.lapic.lint0() {
         Some((delivery::FIXED, vector)) => cpu.system.lapic.accept(vector, false),
-        Some((delivery::NMI, _)) => cpu.system.nmi_pending = true,
+        Some((delivery::NMI, _)) => cpu.system.latch_nmis(1, cpu.nmi_blocked),
         _ => {}
     }
 }

@@ -119,6 +119,11 @@ fn event_of(cpu: &mut Cpu, exception: Exception) -> Event {
                 _ => EventKind::SoftwareInterrupt,
             };
             let software = source != SoftwareInterrupt::Int1;
+            if !software {
+                // A #DB itself: takes along what a load of SS before it held off.
+                let held = std::mem::take(&mut cpu.system.pending_debug);
+                debug::enter_handler(cpu, held);
+            }
             Event { vector, kind, error_code: None, software, resume: false, rip: cpu.next_rip }
         }
         Exception::DebugTrap { dr6 } => {

@@ -66,8 +66,9 @@ pub struct SystemState {
     pub debug_shadow: bool,
     /// SYSCALL and SYSRET: whether a single-step trap follows, overriding TF at the start.
     pub step_flag: Option<bool>,
-    /// An NMI is latched.
-    pub nmi_pending: bool,
+    /// NMIs that wait: one while another is handled, up to two otherwise (the first would have been taken at
+    /// once by a processor that runs all the time).
+    pub nmis: u8,
     /// A start-up IPI is latched.
     pub sipi_vector: Option<u8>,
 }
@@ -89,9 +90,17 @@ impl SystemState {
             debug_hits: 0,
             debug_shadow: false,
             step_flag: None,
-            nmi_pending: false,
+            nmis: 0,
             sipi_vector: None,
         }
+    }
+}
+
+impl SystemState {
+    /// Adds `count` NMIs to those that wait.
+    pub(crate) fn latch_nmis(&mut self, count: u8, blocked: bool) {
+        let limit = if blocked { 1 } else { 2 };
+        self.nmis = self.nmis.saturating_add(count).min(limit);
     }
 }
 

@@ -430,7 +430,8 @@ pub(crate) fn check_target(cpu: &Cpu, descriptor: &Descriptor, rip: u64) -> Outc
     let ok = if cpu.mode.long && descriptor.long() {
         is_canonical(rip)
     } else {
-        truncate(rip, 32) <= u64::from(descriptor.limit())
+        // All 64 bits that a RETF with REX.W pops count.
+        rip <= u64::from(descriptor.limit())
     };
     if ok { Ok(()) } else { Err(Exception::GP0) }
 }
