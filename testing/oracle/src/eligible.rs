@@ -5,7 +5,7 @@
 //! hour of day makes of it.
 
 use atoll_machine::cpu::model::{CpuModel, Feature, Vendor};
-use iced_x86::{Code, CpuidFeature, DecoderOptions, EncodingKind, Instruction, Mnemonic, OpKind};
+use iced_x86::{Code, CodeSize, CpuidFeature, DecoderOptions, EncodingKind, Instruction, Mnemonic, OpKind};
 
 use crate::case::Mode;
 
@@ -66,7 +66,15 @@ fn vendor_specific(instruction: &Instruction) -> bool {
     let repeated = instruction.has_rep_prefix() || instruction.has_repne_prefix();
     let loops = matches!(instruction.mnemonic(), Mnemonic::Loope | Mnemonic::Loopne);
     let narrow = instruction.code() == Code::Movsxd_r16_rm16 && instruction.op1_kind() == OpKind::Memory;
-    loops && repeated || narrow
+    loops && repeated || narrow || far_call_to_long(instruction)
+}
+
+/// A far call from 16- or 32-bit code that enters 64-bit code pushes with a stack pointer of one mode and the
+/// bases of the other; where the stack pointer wraps, hosts have been seen not to get past it.
+fn far_call_to_long(instruction: &Instruction) -> bool {
+    let legacy = instruction.code_size() != CodeSize::Code64;
+    let direct = instruction.code().is_call_far() && instruction.far_branch_selector() & !3 == 0x30;
+    legacy && (direct || instruction.code().is_call_far_indirect())
 }
 
 /// VPERMQ and VPERMPD with VEX.W = 0 do not exist; some processors execute them.

@@ -26,7 +26,7 @@ use crate::case::{After, Case, Mode, Patterns, Trap, XSAVE};
 use crate::layout::{self, BASE, CODE, CODE_LEN, PAGE, WINDOW};
 
 /// Instructions after which a case counts as endless.
-const BUDGET: u64 = 20_000;
+pub const BUDGET: u64 = 20_000;
 /// Guest-physical address of the window's pages.
 const WINDOW_RAM: u64 = 0x10_0000;
 const RAM: u64 = 0x20_0000;

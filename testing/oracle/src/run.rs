@@ -157,7 +157,7 @@ impl Bench {
     /// The instructions that a case executes; the guest's state is lost. They are decoded anew, because a jump
     /// can lead into the middle of one.
     fn path(&mut self, case: &Case, generator: &Generator) -> Vec<Instruction> {
-        let trace = self.guest.trace(case, 4096);
+        let trace = self.guest.trace(case, guest::BUDGET as usize);
         let mut code = vec![0; CODE_LEN];
         code[..PAGE].copy_from_slice(self.native.page(CODE));
         code[PAGE..].copy_from_slice(self.native.page(CODE + PAGE));
