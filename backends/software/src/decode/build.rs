@@ -214,7 +214,7 @@ impl Blocks {
     }
 
     /// Decodes a run of instructions that lies wholly in `bytes`.
-    fn decode_run(&mut self, cpu: &Cpu, bytes: &[u8]) -> Taken {
+    pub(super) fn decode_run(&mut self, cpu: &Cpu, bytes: &[u8]) -> Taken {
         let mut decoder = decoder(cpu, bytes);
         let mut instruction = Instruction::default();
         let (mut count, mut used) = (0, 0);
@@ -238,7 +238,7 @@ impl Blocks {
     }
 
     /// Decodes the one instruction at the start of `bytes`, of which at least 15 are there.
-    fn decode_one(&mut self, cpu: &Cpu, bytes: &[u8]) -> usize {
+    pub(super) fn decode_one(&mut self, cpu: &Cpu, bytes: &[u8]) -> usize {
         let mut decoder = decoder(cpu, bytes);
         let instruction = decoder.decode();
         let (mut op, _) = self.digest(cpu, &instruction, bytes);
@@ -271,7 +271,7 @@ fn exchange_not_pause(cpu: &Cpu, instruction: &Instruction, bytes: &[u8]) -> Opt
     Some(exchange)
 }
 
-enum Taken {
+pub(super) enum Taken {
     Run { count: usize, bytes: usize },
     NeedsMore,
 }

@@ -28,6 +28,8 @@ use crate::mmu::raw::HostAddress;
 
 mod build;
 mod model;
+#[doc(hidden)]
+pub mod probe;
 mod select;
 mod select_control;
 mod select_data;
