@@ -219,10 +219,15 @@ impl Timers {
             earliest
         };
         if earliest {
-            let wake = self.wake.lock().unwrap_or_else(|e| e.into_inner()).clone();
-            if let Some(wake) = wake {
-                wake();
-            }
+            self.wake();
+        }
+    }
+
+    /// Wakes the thread that sleeps until the next deadline, so that it looks again: the clock was resumed or set.
+    pub fn wake(&self) {
+        let wake = self.wake.lock().unwrap_or_else(|e| e.into_inner()).clone();
+        if let Some(wake) = wake {
+            wake();
         }
     }
 

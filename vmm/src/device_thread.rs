@@ -13,6 +13,7 @@ use crate::error::VmError;
 /// An event loop that also expires [`Timers`]. Dropping it stops and joins the thread.
 pub(crate) struct DeviceThread {
     handle: EventLoopHandle,
+    timers: Arc<Timers>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -59,7 +60,17 @@ impl DeviceThread {
             }
         })
         .map_err(VmError::host("cannot start the device thread"))?;
-        Ok(Self { handle, thread: Some(thread) })
+        Ok(Self { handle, timers: timers.clone(), thread: Some(thread) })
+    }
+
+    /// Waits until what the thread does at the moment is done.
+    pub(crate) fn settle(&self) {
+        self.handle.call(|| ());
+    }
+
+    /// Looks at the timers again: time runs again, or was set.
+    pub(crate) fn look_again(&self) {
+        self.timers.wake();
     }
 }
 

@@ -7,6 +7,9 @@
 //!                             a new machine over the same memory, disks and consoles
 //! ```
 //!
+//! [`VmHandle::rebuild`] takes the machine apart and puts it together again from its saved state while the guest
+//! runs on: whatever a guest still notices is missing from the saved state.
+//!
 //! Requests that arrive for a machine that was already torn down by a reset are dropped: each machine's
 //! requests carry its incarnation.
 
@@ -17,6 +20,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use atoll_api_types::{OnCrash, VmSpec};
 use atoll_cpu_software::partition::SoftwareBackend;
 use atoll_machine::control::{MachineControl, MachineRequest};
+use atoll_storage::Disk;
 
 use crate::config::Config;
 use crate::console::ConsoleId;
@@ -90,6 +94,7 @@ enum Message {
     /// From the machine of this incarnation.
     Request(u64, MachineRequest),
     PowerButton,
+    Rebuild(Sender<Result<u64, VmError>>),
     Stop,
 }
 
@@ -102,6 +107,12 @@ impl Vm {
     /// Opens and checks everything that `spec` names. Nothing is written and no thread is started.
     pub fn prepare(spec: &VmSpec) -> Result<Self, VmError> {
         Ok(Self { config: Config::from_spec(spec)? })
+    }
+
+    /// As [`Vm::prepare`], with `disks` that are open already, after those that `spec` names: a disk of a format or
+    /// a layer that a specification cannot express, such as one that records for a test what the guest writes.
+    pub fn prepare_with_disks(spec: &VmSpec, disks: Vec<Arc<dyn Disk>>) -> Result<Self, VmError> {
+        Ok(Self { config: Config::with_disks(spec, disks)? })
     }
 
     /// The machine in one line.
@@ -177,6 +188,14 @@ impl VmHandle {
         let _ = self.shared.messages.send(Message::PowerButton);
     }
 
+    /// Saves the machine's state, builds a new machine over the same memory, disks and consoles, and lets it go on
+    /// from that state. Returns the size of the saved state in bytes.
+    pub fn rebuild(&self) -> Result<u64, VmError> {
+        let (reply, answer) = mpsc::channel();
+        let _ = self.shared.messages.send(Message::Rebuild(reply));
+        answer.recv().unwrap_or_else(|_| Err(VmError::Build("the run is over".to_owned())))
+    }
+
     /// Ends the run as if the plug were pulled. The end is reported as [`RunEnd::Stopped`].
     pub fn stop(&self) {
         let _ = self.shared.messages.send(Message::Stop);
@@ -214,6 +233,7 @@ struct Driver {
 enum Decision {
     GoOn,
     Reset,
+    Rebuild(Sender<Result<u64, VmError>>),
     End(RunEnd),
 }
 
@@ -223,20 +243,40 @@ impl Driver {
     /// Builds the next incarnation, loaded and ready to resume.
     fn build(&mut self) -> Result<SoftwareMachine, VmError> {
         self.incarnation += 1;
+        let machine = self.build_empty()?;
+        machine.load(&self.config)?;
+        self.publish_inputs(&machine);
+        Ok(machine)
+    }
+
+    /// The same incarnation, taken apart and put together: what `old` asked for meanwhile still counts. `old` is
+    /// gone afterwards, also after an error.
+    fn rebuild(&mut self, old: SoftwareMachine) -> Result<(SoftwareMachine, u64), VmError> {
+        self.forget_inputs();
+        old.pause();
+        let saved = old.save()?;
+        drop(old);
+        let machine = self.build_empty()?;
+        machine.restore(&saved).map_err(VmError::build)?;
+        self.publish_inputs(&machine);
+        Ok((machine, saved.len() as u64))
+    }
+
+    fn build_empty(&self) -> Result<SoftwareMachine, VmError> {
         let control = Arc::new(Requests {
             incarnation: self.incarnation,
             messages: Mutex::new(self.shared.messages.clone()),
         });
         let backend = SoftwareBackend;
-        let machine =
-            Machine::build(&self.config, &backend, control, self.serial.clone(), self.virtio.clone())?;
-        machine.load(&self.config)?;
+        Machine::build(&self.config, &backend, control, self.serial.clone(), self.virtio.clone())
+    }
+
+    fn publish_inputs(&self, machine: &SoftwareMachine) {
         let inputs = machine.inputs();
         if let Some((columns, rows)) = *self.shared.window.lock().unwrap_or_else(PoisonError::into_inner) {
             inputs.console_resized(columns, rows);
         }
         *self.shared.inputs.lock().unwrap_or_else(PoisonError::into_inner) = Some(inputs);
-        Ok(machine)
     }
 
     fn drive(&mut self, mut machine: SoftwareMachine, messages: &Receiver<Message>) -> RunEnd {
@@ -245,6 +285,18 @@ impl Driver {
         while let Ok(message) = messages.recv() {
             match self.decide(&machine, message) {
                 Decision::GoOn => {}
+                Decision::Rebuild(reply) => match self.rebuild(machine) {
+                    Ok((rebuilt, size)) => {
+                        machine = rebuilt;
+                        machine.resume();
+                        let _ = reply.send(Ok(size));
+                    }
+                    Err(error) => {
+                        let end = RunEnd::Failed(format!("cannot rebuild the machine: {error}"));
+                        let _ = reply.send(Err(error));
+                        return end;
+                    }
+                },
                 Decision::End(end) => {
                     self.forget_inputs();
                     return end;
@@ -276,6 +328,7 @@ impl Driver {
                 machine.press_power_button();
                 return Decision::GoOn;
             }
+            Message::Rebuild(reply) => return Decision::Rebuild(reply),
             Message::Stop => return Decision::End(RunEnd::Stopped),
         };
         match request {

@@ -13,6 +13,7 @@
 
 mod chipset;
 mod pci;
+mod saved_state;
 
 use std::sync::Arc;
 
@@ -89,7 +90,7 @@ impl MachineInputs {
 /// A machine, built and wired; its vCPUs are paused until [`Machine::resume`].
 pub(crate) struct Machine<B: Backend> {
     vcpus: Vec<VcpuThread<B::Partition>>,
-    _device_thread: DeviceThread,
+    device_thread: DeviceThread,
     clock: Arc<HostClock>,
     memory: Arc<AddressSpace>,
     serial: Arc<Uart>,
@@ -138,7 +139,7 @@ where
         let vcpus = start_vcpus(config, &partition, &common)?;
         Ok(Self {
             vcpus,
-            _device_thread: DeviceThread::start(&common.timers)?,
+            device_thread: DeviceThread::start(&common.timers)?,
             clock,
             memory: common.memory,
             serial: chipset.serial,
@@ -174,15 +175,20 @@ where
         self.pm.press_power_button();
     }
 
-    /// Lets time and every vCPU run.
+    /// Lets time, devices and every vCPU run.
     pub(crate) fn resume(&self) {
         self.clock.resume();
+        self.device_thread.look_again();
+        for device in &self.virtio {
+            device.resume();
+        }
         for vcpu in &self.vcpus {
             vcpu.resume();
         }
     }
 
-    /// Stops every vCPU at a consistent point, then time.
+    /// Stops every vCPU at a consistent point, then time, then the devices: nothing of the machine changes until
+    /// [`Machine::resume`].
     pub(crate) fn pause(&self) {
         for vcpu in &self.vcpus {
             vcpu.request_pause();
@@ -191,6 +197,11 @@ where
             vcpu.wait_paused();
         }
         self.clock.pause();
+        // Timers that expired before time stopped still run to their end.
+        self.device_thread.settle();
+        for device in &self.virtio {
+            device.pause();
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::mpsc;
+use std::time::Duration;
 
 use atoll_api_types::{Accelerator, BootSpec, ByteSize, CpuTopology, DiskSpec, OnCrash, VmSpec};
 use atoll_foundation::signals::{Signal, Signals};
@@ -23,7 +24,8 @@ Examples:
 
 In a terminal, Ctrl-C goes to the guest; Ctrl-A x ends the machine, and
 Ctrl-A h lists the other keys. Signals (INT, TERM, HUP) from outside press the
-power button the first time and end the machine the second time.
+power button the first time; the second time, or after 30 seconds, they end the
+machine.
 
 Exit codes: 0 powered off, or rebooted with --no-reboot; 1 the host failed;
 2 wrong usage or input; 3 the guest crashed; 130 ended by the user.";
@@ -183,7 +185,10 @@ fn announce_window_size(handle: &VmHandle) {
     }
 }
 
-/// The first SIGINT, SIGTERM or SIGHUP presses the power button, the second ends the machine.
+/// How long a guest has to power off after a signal.
+const GRACE: Duration = Duration::from_secs(30);
+
+/// The first SIGINT, SIGTERM or SIGHUP presses the power button; a second one, or [`GRACE`], ends the machine.
 fn watch_signals(signals: Signals, handle: VmHandle, events: mpsc::Sender<Event>) -> Result<(), Failure> {
     let mut event_loop = EventLoop::new()?;
     let signals = std::sync::Arc::new(signals);
@@ -197,7 +202,15 @@ fn watch_signals(signals: Signals, handle: VmHandle, events: mpsc::Sender<Event>
                 _ => {
                     pressed = true;
                     handle.power_button();
-                    eprint!("atoll: pressed the guest's power button; a second signal ends the machine\r\n");
+                    eprint!(
+                        "atoll: pressed the guest's power button; a second signal, or {} seconds, end the machine\r\n",
+                        GRACE.as_secs()
+                    );
+                    let events = events.clone();
+                    let _ = atoll_foundation::threads::spawn("grace", move || {
+                        std::thread::sleep(GRACE);
+                        let _ = events.send(Event::Quit);
+                    });
                 }
             }
         }
