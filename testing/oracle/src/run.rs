@@ -128,20 +128,29 @@ impl Bench {
         }
         match explain::reason(case, &self.host_after, &self.guest_after, &different, &path) {
             Some(reason) => Outcome::Explained(reason),
-            None if self.agrees_again(case) => Outcome::Skipped(4),
-            None => Outcome::Differ,
+            None => self.second_opinion(case, &path),
         }
     }
 
-    /// Whether both sides agree in a second run: the kernel's switch to another process loses the selectors of
-    /// the x87 pointers, which FNSAVE can then tell.
-    fn agrees_again(&mut self, case: &Case) -> bool {
+    /// What a second run says: the kernel's switch to another process loses the selectors of the x87 pointers,
+    /// which FNSAVE can then tell.
+    fn second_opinion(&mut self, case: &Case, path: &[Instruction]) -> Outcome {
         self.prepare(case);
         let ended = self.guest.run(case, &mut self.guest_after);
         self.native.run(case, &mut self.host_after);
-        let agrees = self.memory_agrees() && compare::agree(case, &self.host_after, &self.guest_after);
+        let different = self.different_bytes();
+        let agrees = different.is_empty() && compare::agree(case, &self.host_after, &self.guest_after);
         self.holds = [None; 4];
-        ended == Ended::Trap && agrees
+        if ended != Ended::Trap {
+            return Outcome::Differ;
+        }
+        if agrees {
+            return Outcome::Skipped(4);
+        }
+        match explain::reason(case, &self.host_after, &self.guest_after, &different, path) {
+            Some(reason) => Outcome::Explained(reason),
+            None => Outcome::Differ,
+        }
     }
 
     fn different_bytes(&self) -> Vec<explain::Byte> {
