@@ -23,6 +23,9 @@ fuzz_target!(|data: &[u8]| {
         for pair in ranges.windows(2) {
             assert!(pair[0].1 <= pair[1].0, "segments overlap: {pair:x?}");
         }
-        assert!(ranges.iter().all(|(start, end)| start <= end && *end <= 256 << 20), "outside RAM: {ranges:x?}");
+        assert!(
+            ranges.iter().all(|(start, end)| start <= end && *end <= 256 << 20),
+            "outside RAM: {ranges:x?}"
+        );
     }
 });
