@@ -306,6 +306,8 @@ fn exceeds_length(cpu: &Cpu, bytes: &[u8]) -> bool {
     }
     let removed = prefixes - short.len();
     short.extend_from_slice(&bytes[prefixes..]);
+    // What lies beyond the page's end decides nothing: the instruction is too long without it.
+    short.resize(short.len() + MAX_INSTRUCTION, 0);
     let instruction = decoder(cpu, &short).decode();
     instruction.code() != Code::INVALID && instruction.len() + removed > MAX_INSTRUCTION
 }
