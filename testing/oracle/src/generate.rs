@@ -282,9 +282,9 @@ fn initial(rng: &mut Rng, mode: Mode) -> Case {
         _ => stack.wrapping_sub(layout::loaded(selectors[2]).base) & 0xffff_ffff,
     };
     if mode == Mode::Protected16 && rng.once_in(4) {
-        gpr[4] = gpr[4] & 0xffff | rng.next() & 0xffff_0000;
+        gpr[4] = gpr[4] & 0xffff | rng.bits() & 0xffff_0000;
     }
-    let mut rflags = 0x202 | rng.next() & 0x8d5;
+    let mut rflags = 0x202 | rng.bits() & 0x8d5;
     if rng.once_in(4) {
         rflags |= 1 << 10;
     }
@@ -296,7 +296,7 @@ fn initial(rng: &mut Rng, mode: Mode) -> Case {
         1 => BASE,
         2 => values::address(rng, Mode::Protected32),
         // Canonical.
-        _ => ((rng.next() << 16) as i64 >> 16) as u64,
+        _ => ((rng.bits() << 16) as i64 >> 16) as u64,
     };
     Case {
         mode,
@@ -486,7 +486,7 @@ fn plant(rng: &mut Rng, case: &mut Case, instruction: &Instruction, linear: u64)
             let mut image = vec![0; 108];
             image[..2].copy_from_slice(&source.0[..2]);
             image[4..6].copy_from_slice(&source.0[2..4]);
-            image[8..10].copy_from_slice(&(rng.next() as u16).to_le_bytes());
+            image[8..10].copy_from_slice(&(rng.bits() as u16).to_le_bytes());
             for (i, st) in image[28..].chunks_exact_mut(10).enumerate() {
                 st.copy_from_slice(&source.0[32 + 16 * i..][..10]);
             }

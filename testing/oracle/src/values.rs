@@ -34,13 +34,13 @@ const NOTABLE: [u64; 24] = [
 /// A value for a general register.
 pub fn integer(rng: &mut Rng) -> u64 {
     match rng.below(8) {
-        0 | 1 => rng.next(),
+        0 | 1 => rng.bits(),
         2 => rng.pick(&NOTABLE),
         3 => rng.below(72),
         4 => rng.below(72).wrapping_neg(),
         5 => 1u64.wrapping_shl(rng.byte().into()).wrapping_add(rng.below(3)).wrapping_sub(1),
-        6 => rng.next() >> rng.below(64),
-        _ => u64::from(rng.next() as u32),
+        6 => rng.bits() >> rng.below(64),
+        _ => u64::from(rng.bits() as u32),
     }
 }
 
@@ -90,61 +90,61 @@ pub fn memory_word(rng: &mut Rng) -> u64 {
             let double = double(rng);
             if rng.once_in(2) { double } else { single(rng) | single(rng) << 32 }
         }
-        3 => rng.next(),
+        3 => rng.bits(),
         _ => integer(rng),
     }
 }
 
 /// A single-precision bit pattern.
 pub fn single(rng: &mut Rng) -> u64 {
-    let sign = rng.next() & 0x8000_0000;
+    let sign = rng.bits() & 0x8000_0000;
     sign | match rng.below(10) {
         0 => 0,
         1 => 0x7f80_0000,
-        2 => 0x7fc0_0000 | rng.next() & 0x3f_ffff,
-        3 => 0x7f80_0001 | rng.next() & 0x3f_ffff,
-        4 => rng.next() & 0x7f_ffff,
+        2 => 0x7fc0_0000 | rng.bits() & 0x3f_ffff,
+        3 => 0x7f80_0001 | rng.bits() & 0x3f_ffff,
+        4 => rng.bits() & 0x7f_ffff,
         5 => rng.pick(&[1, 0x7f_ffff, 0x80_0000, 0x7f7f_ffff, 0x4f00_0000, 0x5f00_0000, 0x3f80_0000]),
         6 => u64::from((rng.below(4096) as f32 * 0.5).to_bits()),
-        7 => (120 + rng.below(20)) << 23 | rng.next() & 0x7f_ffff,
-        _ => rng.next() & 0x7fff_ffff,
+        7 => (120 + rng.below(20)) << 23 | rng.bits() & 0x7f_ffff,
+        _ => rng.bits() & 0x7fff_ffff,
     }
 }
 
 /// A double-precision bit pattern.
 pub fn double(rng: &mut Rng) -> u64 {
-    let sign = rng.next() & 1 << 63;
+    let sign = rng.bits() & 1 << 63;
     let fraction = (1 << 52) - 1;
     sign | match rng.below(10) {
         0 => 0,
         1 => 0x7ff << 52,
-        2 => 0xfff << 51 | rng.next() & (fraction >> 1),
-        3 => 0x7ff << 52 | 1 | rng.next() & (fraction >> 1),
-        4 => rng.next() & fraction,
+        2 => 0xfff << 51 | rng.bits() & (fraction >> 1),
+        3 => 0x7ff << 52 | 1 | rng.bits() & (fraction >> 1),
+        4 => rng.bits() & fraction,
         5 => rng.pick(&[1, fraction, 1 << 52, (0x7ff << 52) - 1, 0x41e0 << 48, 0x43e0 << 48, 0x3ff << 52]),
         6 => (rng.below(1 << 20) as f64 * 0.5).to_bits(),
-        7 => (1016 + rng.below(20)) << 52 | rng.next() & fraction,
-        _ => rng.next() & (u64::MAX >> 1),
+        7 => (1016 + rng.below(20)) << 52 | rng.bits() & fraction,
+        _ => rng.bits() & (u64::MAX >> 1),
     }
 }
 
 /// An extended-precision bit pattern, the invalid ones included.
 fn extended(rng: &mut Rng) -> [u8; 10] {
-    let sign = (rng.next() & 0x8000) as u16;
+    let sign = (rng.bits() & 0x8000) as u16;
     let integer = 1 << 63;
     let (exponent, significand) = match rng.below(12) {
         0 => (0, 0),
         1 => (0x7fff, integer),
-        2 => (0x7fff, 3 << 62 | rng.next() >> 2),
-        3 => (0x7fff, integer | 1 | rng.next() >> 2),
-        4 => (0, rng.next() >> 1),
-        5 => (0, integer | rng.next() >> 1),
-        6 => (rng.next() as u16 & 0x7fff, rng.next() >> 1),
-        7 => (0x3fff + rng.below(70) as u16, integer | rng.next() >> 1 & (u64::MAX << rng.below(64))),
-        8 => (0x3ff0 + rng.below(32) as u16, integer | rng.next() >> 1),
+        2 => (0x7fff, 3 << 62 | rng.bits() >> 2),
+        3 => (0x7fff, integer | 1 | rng.bits() >> 2),
+        4 => (0, rng.bits() >> 1),
+        5 => (0, integer | rng.bits() >> 1),
+        6 => (rng.bits() as u16 & 0x7fff, rng.bits() >> 1),
+        7 => (0x3fff + rng.below(70) as u16, integer | rng.bits() >> 1 & (u64::MAX << rng.below(64))),
+        8 => (0x3ff0 + rng.below(32) as u16, integer | rng.bits() >> 1),
         9 => (rng.pick(&[1, 2, 0x3fff, 0x3ffe, 0x3c01, 0x43ff, 0x7ffe, 0x3f81, 0x407e]), integer),
-        10 => (0xffff, rng.next()),
-        _ => (rng.next() as u16 & 0x7fff, integer | rng.next()),
+        10 => (0xffff, rng.bits()),
+        _ => (rng.bits() as u16 & 0x7fff, integer | rng.bits()),
     };
     let mut bytes = [0; 10];
     bytes[..8].copy_from_slice(&significand.to_le_bytes());
@@ -159,8 +159,8 @@ fn vector_word(rng: &mut Rng, flavour: u64) -> u64 {
         1 => single(rng) | single(rng) << 32,
         2 => integer(rng),
         3 => integer(rng) as u32 as u64 | integer(rng) << 32,
-        4 => rng.next() & 0x8080_8080_8080_8080 | rng.next() & 0x0f0f_0f0f_0f0f_0f0f,
-        _ => rng.next(),
+        4 => rng.bits() & 0x8080_8080_8080_8080 | rng.bits() & 0x0f0f_0f0f_0f0f_0f0f,
+        _ => rng.bits(),
     }
 }
 
@@ -170,13 +170,13 @@ pub fn vectors(rng: &mut Rng) -> Box<Vectors> {
     let area = &mut v.0;
     let control = match rng.below(8) {
         0..=4 => 0x37f,
-        5 => 0x40 | 0x3f | (rng.next() as u16 & 0xf00),
-        _ => 0x40 | (rng.next() as u16 & 0x1f3f),
+        5 => 0x40 | 0x3f | (rng.bits() as u16 & 0xf00),
+        _ => 0x40 | (rng.bits() as u16 & 0x1f3f),
     };
     let status = match rng.below(4) {
-        0 | 1 => (rng.next() as u16) & 0x3800,
-        2 => rng.next() as u16 & 0x7f00,
-        _ => rng.next() as u16 & 0x7f7f,
+        0 | 1 => (rng.bits() as u16) & 0x3800,
+        2 => rng.bits() as u16 & 0x7f00,
+        _ => rng.bits() as u16 & 0x7f7f,
     };
     let tags = match rng.below(4) {
         0 => 0,
@@ -191,8 +191,8 @@ pub fn vectors(rng: &mut Rng) -> Box<Vectors> {
     area[4] = tags;
     let mxcsr: u32 = match rng.below(8) {
         0..=3 => 0x1f80,
-        4 | 5 => 0x1f80 | (rng.next() as u32 & 0xe07f),
-        _ => rng.next() as u32 & 0xffff,
+        4 | 5 => 0x1f80 | (rng.bits() as u32 & 0xe07f),
+        _ => rng.bits() as u32 & 0xffff,
     };
     area[24..28].copy_from_slice(&mxcsr.to_le_bytes());
     area[28..32].copy_from_slice(&0xffffu32.to_le_bytes());
