@@ -244,3 +244,26 @@ fn map_ram(memory: &AddressSpace, map: &AddressMap, ram: &Arc<RamBlock>) -> Resu
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The tables are built without naming a device, and the devices without naming the tables.
+    #[test]
+    fn tables_and_devices_agree_where_things_are() {
+        for device in 0..32 {
+            for pin in 0..4 {
+                let (tables, wires) = (layout::pci_intx_gsi(device, pin), atoll_pci::intx_gsi(device, pin));
+                assert_eq!(u32::from(tables), wires, "device {device} pin {pin}");
+            }
+        }
+        assert_eq!(layout::IOAPIC_BASE, atoll_chipset::ioapic::BASE);
+        assert_eq!(usize::from(layout::IOAPIC_PINS), atoll_chipset::ioapic::PINS);
+        assert_eq!(layout::PVPANIC_PORT, atoll_chipset::pvpanic::PORT);
+        assert_eq!(layout::PM_SIZE, atoll_chipset::acpi_pm::SIZE);
+        assert_eq!(u16::from(layout::S5_SLEEP_TYPE), atoll_chipset::acpi_pm::S5_SLEEP_TYPE);
+        assert_eq!(layout::RESET_VALUE, atoll_chipset::reset::FULL_RESET);
+        assert_eq!(u64::from(layout::ECAM_BUSES), layout::ECAM.size() / atoll_pci::ECAM_BYTES_PER_BUS);
+    }
+}
