@@ -71,7 +71,7 @@ fn machines() -> Vec<Machine> {
 
 /// One opcode of every map with every prefix.
 fn seeds() -> Vec<Vec<u8>> {
-    let mut seeds = Vec::new();
+    let mut seeds = atoll_fuzz::seeds::arbitrary(128, 400);
     for mode in 0..12u8 {
         for map in [&[][..], &[0x0f], &[0x0f, 0x38], &[0x0f, 0x3a], &[0xc5, 0xf8], &[0xc4, 0xe2, 0x7d]] {
             let mut code = vec![mode];

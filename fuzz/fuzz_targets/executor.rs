@@ -31,7 +31,8 @@ fn run(data: &[u8]) {
     state.rip = state.rip.wrapping_add(offset);
     machine.write(CODE + offset, script.rest());
     let (pending, later) = (state.interrupt_shadow, options & 0x80 != 0);
-    if machine.vcpu().set_state(&state).is_err() {
+    if let Err(error) = machine.vcpu().set_state(&state) {
+        assert!(options >> 2 & 15 != 0, "the start in {mode:?} is refused: {error}");
         return;
     }
     if later {
@@ -232,7 +233,13 @@ fn seeds() -> Vec<Vec<u8>> {
             0x66, 0x0f, 0x38, 0x82, 0x03,
         ],
     ];
-    let mut seeds = Vec::new();
+    let mut seeds = atoll_fuzz::seeds::arbitrary(128, 300);
+    for start in 0..16u8 {
+        // Everything in a row, from different beginnings.
+        for first in 0..4 {
+            seeds.push([&[start & 7, start >> 3][..], &CODE[first * 5..].concat()].concat());
+        }
+    }
     for code in CODE {
         for start in 0..16u8 {
             seeds.push([&[start & 7, start >> 3], code].concat());

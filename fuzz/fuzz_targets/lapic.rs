@@ -137,7 +137,7 @@ fn wrmsr(code: &mut Vec<u8>, index: u32, low: [u8; 4], high: u8) {
 /// Timers in all modes, self IPIs, both modes of the APIC.
 fn seeds() -> Vec<Vec<u8>> {
     let spurious = [0, 0x0f, 0xff, 1, 0, 0];
-    let mut seeds = Vec::new();
+    let mut seeds = atoll_fuzz::seeds::arbitrary(64, 400);
     for mode in 0..4u8 {
         let lvt = [0, 0x32, 0x40, 0, mode << 1, 0];
         let count = [0, 0x38, 0xe8, 3, 0, 0];

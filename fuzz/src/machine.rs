@@ -199,8 +199,11 @@ fn read(block: &RamBlock, at: u64, len: u64) -> Vec<u8> {
 }
 
 /// What the ROM holds: something to execute in every mode.
-fn rom_content() -> Vec<u8> {
-    (0..ROM_SIZE).map(|i| [0x40, 0x01, 0xc8, 0x88, 0x03, 0x8b, 0x0b, 0x90][i as usize % 8]).collect()
+fn rom_content() -> &'static [u8] {
+    static CONTENT: OnceLock<Vec<u8>> = OnceLock::new();
+    let make =
+        || (0..ROM_SIZE).map(|i| [0x40, 0x01, 0xc8, 0x88, 0x03, 0x8b, 0x0b, 0x90][i as usize % 8]).collect();
+    CONTENT.get_or_init(make)
 }
 
 impl Machine {
@@ -211,7 +214,7 @@ impl Machine {
     pub fn new(host: bool) -> Self {
         let (memory, model) = (AddressSpace::new(), model(host));
         let (ram, rom) = (guarded("fuzz-ram", RAM), guarded("fuzz-rom", ROM_SIZE));
-        rom.write(GUARD, &rom_content()).expect("inside");
+        rom.write(GUARD, rom_content()).expect("inside");
         memory.map_ram(0, &ram, GUARD, RAM, 0).expect("mapping RAM");
         memory.map_rom(ROM, &rom, GUARD, ROM_SIZE, 0).expect("mapping ROM");
         let stop = StopFlag::new();
@@ -315,8 +318,8 @@ impl Machine {
     fn check_memory(&self) {
         for (block, size) in [(&self.ram, RAM), (&self.rom, ROM_SIZE)] {
             for at in [0, GUARD + size] {
-                let guard = read(block, at, GUARD);
-                assert!(guard.iter().all(|b| *b == 0xa5), "{} was overrun at {at:#x}", block.name());
+                let intact = read(block, at, GUARD)[..] == [0xa5; GUARD as usize];
+                assert!(intact, "{} was overrun at {at:#x}", block.name());
             }
         }
         assert!(read(&self.rom, GUARD, ROM_SIZE) == rom_content(), "ROM was written to");

@@ -17,3 +17,15 @@ pub fn plant(seeds: impl IntoIterator<Item = Vec<u8>>) {
         }
     }
 }
+
+/// `count` seeds of `len` bytes without a plan, the same every time.
+pub fn arbitrary(count: usize, len: usize) -> Vec<Vec<u8>> {
+    let mut x = 0x9e37_79b9_7f4a_7c15u64;
+    let mut byte = || {
+        x ^= x << 13;
+        x ^= x >> 7;
+        x ^= x << 17;
+        (x >> 24) as u8
+    };
+    (0..count).map(|_| (0..len).map(|_| byte()).collect()).collect()
+}
