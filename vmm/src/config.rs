@@ -51,6 +51,11 @@ pub(crate) struct Config {
 impl Config {
     /// Checks `spec` and opens what it names. What can be wrong is found here, before anything is started.
     pub(crate) fn from_spec(spec: &VmSpec) -> Result<Self, VmError> {
+        Self::with_disks(spec, Vec::new())
+    }
+
+    /// As [`Config::from_spec`], with `ready` disks after those that `spec` names.
+    pub(crate) fn with_disks(spec: &VmSpec, ready: Vec<Arc<dyn Disk>>) -> Result<Self, VmError> {
         check_name(&spec.name)?;
         check_accelerator(spec.accel)?;
         let topology = topology(spec)?;
@@ -59,11 +64,15 @@ impl Config {
         let boot = boot_files(spec)?;
         let model = models::resolve(&spec.cpu)?;
         check_host_memory(spec.memory)?;
-        if spec.disks.len() > machine::MAX_DISKS {
-            return Err(VmError::Disks { asked: spec.disks.len(), max: machine::MAX_DISKS });
+        let asked = spec.disks.len() + ready.len();
+        if asked > machine::MAX_DISKS {
+            return Err(VmError::Disks { asked, max: machine::MAX_DISKS });
         }
         boot::check(&boot, &machine::tables(&map, topology, uuid))?;
-        let disks = spec.disks.iter().enumerate().map(open_disk).collect::<Result<_, _>>()?;
+        let mut disks = spec.disks.iter().enumerate().map(open_disk).collect::<Result<Vec<_>, _>>()?;
+        for disk in ready {
+            disks.push(DiskConfig { disk, serial: format!("disk{}", disks.len()) });
+        }
         let ram = RamBlock::new_shared("ram", map.memory())
             .map_err(|e| VmError::Memory(format!("cannot make {} of guest memory: {e}", spec.memory)))?;
         Ok(Self {

@@ -75,6 +75,20 @@ pub fn root_on_disk(kernel: &KernelFiles, busybox: &Path) -> Result<Vec<u8>> {
     Ok(archive.finish())
 }
 
+/// busybox, the machine's drivers and a shell script of the caller's as PID 1. The drivers are in `/lib/modules`,
+/// listed in `/etc/modules` in the order in which to load them.
+///
+/// # Errors
+/// As [`quick_start`].
+pub fn scripted(kernel: &KernelFiles, busybox: &Path, script: &str) -> Result<Vec<u8>> {
+    let mut archive = base();
+    add_busybox(&mut archive, busybox)?;
+    add_modules(&mut archive, &modules::closure(&kernel.modules_dir, &DRIVERS)?);
+    archive.file("init", 0o755, script.as_bytes());
+    archive.directory("mnt");
+    Ok(archive.finish())
+}
+
 /// Mount points, and the device nodes that PID 1 needs before `/dev` is mounted.
 fn base() -> Archive {
     let mut archive = Archive::new();
