@@ -1,0 +1,172 @@
+//! Seeded cases: random descriptors and selectors under the operations that look at them.
+
+use iced_x86::IcedError;
+use iced_x86::code_asm::*;
+
+use crate::case::{Suite, Width};
+use crate::layout::*;
+use crate::protected::{self, SELECTORS, done};
+
+type Emitted = Result<(), IcedError>;
+
+/// splitmix64.
+struct Rng(u64);
+
+impl Rng {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ z >> 31
+    }
+    fn below(&mut self, bound: u64) -> u64 {
+        self.next() % bound
+    }
+    fn pick<T: Copy>(&mut self, from: &[T]) -> T {
+        from[self.below(from.len() as u64) as usize]
+    }
+}
+
+/// What a case does with its selector.
+#[derive(Clone, Copy, Debug)]
+enum Action {
+    Ds,
+    Fs,
+    Ss,
+    Inspect,
+    Jmp,
+    Call,
+    Retf,
+    Iret,
+    Lldt,
+    Ltr,
+}
+
+const ACTIONS: [Action; 10] = [
+    Action::Ds,
+    Action::Fs,
+    Action::Ss,
+    Action::Inspect,
+    Action::Jmp,
+    Action::Call,
+    Action::Retf,
+    Action::Iret,
+    Action::Lldt,
+    Action::Ltr,
+];
+
+/// A descriptor with a present bias, code and data flat so that what is loaded can be used, systems' random.
+fn descriptor(rng: &mut Rng, width: Width) -> u64 {
+    let mut kind = rng.below(256);
+    if rng.below(4) != 0 {
+        kind |= 0x80;
+    }
+    if kind & 0x10 == 0 {
+        let selector = rng.pick(&SELECTORS);
+        let (low, high) = (INNER + 0x100, rng.below(4));
+        return low & 0xffff | u64::from(selector) << 16 | high << 32 | kind << 40 | (low >> 16) << 48;
+    }
+    let big = if width == Width::Long { rng.pick(&[0xa, 0xc, 0xe]) } else { 0xc };
+    // Expand-down segments of full size have no valid offset; the reference does not check that.
+    if kind & 0x0c == 4 {
+        kind &= !4;
+    }
+    crate::image::segment(0, 0xf_ffff, kind | big << 8)
+}
+
+fn act(a: &mut CodeAssembler, width: Width, action: Action, selector: u16, flags: i32) -> Emitted {
+    let value = i32::from(selector);
+    let target = INNER as i32 + 0x100;
+    a.mov(eax, value)?;
+    match action {
+        Action::Ds => a.mov(ds, ax)?,
+        Action::Fs => a.mov(fs, ax)?,
+        Action::Ss => a.mov(ss, ax)?,
+        Action::Lldt => a.lldt(ax)?,
+        Action::Ltr => a.ltr(ax)?,
+        Action::Inspect => {
+            a.lar(ebx, eax)?;
+            a.sete(cl)?;
+            // Bits 19:16 are undefined.
+            a.and(ebx, 0x00f0_ff00)?;
+            a.lsl(ebp, eax)?;
+            a.sete(ch)?;
+            a.verr(ax)?;
+            a.sete(dl)?;
+            a.verw(ax)?;
+            a.sete(dh)?;
+        }
+        Action::Jmp | Action::Call => {
+            a.push(value)?;
+            a.push(value)?;
+            // The pointer is target:selector whatever the width of a push.
+            let pointer = if width == Width::Long { fword_ptr(rsp) } else { fword_ptr(esp) };
+            if width == Width::Long {
+                a.mov(dword_ptr(rsp), target)?;
+                a.mov(word_ptr(rsp + 4), value)?;
+            } else {
+                a.mov(dword_ptr(esp), target)?;
+            }
+            if matches!(action, Action::Jmp) { a.jmp(pointer)? } else { a.call(pointer)? }
+        }
+        Action::Retf | Action::Iret => {
+            a.push(i32::from(sel::USER_DATA))?;
+            a.push(USER_STACK as i32)?;
+            if matches!(action, Action::Iret) {
+                a.push(flags)?;
+            }
+            a.push(value)?;
+            a.push(target)?;
+            match (action, width) {
+                (Action::Retf, Width::Long) => a.db(&[0x48, 0xcb])?,
+                (Action::Retf, Width::Protected) => a.retf()?,
+                (_, Width::Long) => a.iretq()?,
+                (_, Width::Protected) => a.iretd()?,
+            }
+        }
+    }
+    done(a)
+}
+
+/// `count` cases.
+pub(crate) fn suite(width: Width, seed: u64, count: usize) -> anyhow::Result<Suite> {
+    let mut s = Suite::new(width);
+    for index in 0..count {
+        let mut rng = Rng(seed ^ (index as u64).wrapping_mul(0xd134_2543_de82_ef95));
+        let (first, second) = (descriptor(&mut rng, width), descriptor(&mut rng, width));
+        let free = [sel::FREE, sel::FREE + 8, sel::FREE | 3, sel::FREE + 8 | 3];
+        let selector = if rng.below(5) == 0 { rng.pick(&SELECTORS) } else { rng.pick(&free) };
+        let action = rng.pick(&ACTIONS);
+        let flags = rng.next() as i32 & 0x3cd5 | 2;
+        let user = rng.below(2) == 1;
+        let name = format!(
+            "seed {seed} case {index}: {action:?} {selector:x} of {first:016x} {second:016x} cpl{}",
+            u8::from(user) * 3
+        );
+        let prepare = |a: &mut CodeAssembler| {
+            for (i, half) in [first, first >> 32, second, second >> 32].into_iter().enumerate() {
+                a.mov(dword_ptr(GDT + u64::from(sel::FREE) + 4 * i as u64), half as u32 as i32)?;
+            }
+            Ok(())
+        };
+        let body = |a: &mut CodeAssembler| act(a, width, action, selector, flags);
+        if !user {
+            s.add(name, &|a| prepare(a).and_then(|()| body(a)))?;
+            continue;
+        }
+        let inner = s.user_inner();
+        s.add_inner(
+            name,
+            &|a| {
+                prepare(a)?;
+                match width {
+                    Width::Protected => protected::to_user(a, sel::USER_CODE32, inner, 0),
+                    Width::Long => crate::long::to_user(a, sel::USER_CODE64, inner, 0),
+                }
+            },
+            (width.bits(), inner),
+            &body,
+        )?;
+    }
+    Ok(s)
+}
