@@ -286,14 +286,12 @@ pub(crate) fn next_timer(cpu: &Cpu) -> Option<u64> {
     if cpu.system.lapic.timer_mode() != Mode::Deadline {
         return timer.expires;
     }
-    if timer.deadline == 0 {
-        return None;
-    }
+    // What "due" means must be what `check_timer` means, or a halted vCPU spins until the deadline.
+    let left = timer.deadline_in(time::guest_tsc(cpu))?;
     let clock = &cpu.shared.clock;
-    let ticks = timer.deadline.wrapping_sub(time::offset(cpu));
-    // An offset that puts the deadline before the clock's start makes it due now.
-    let left = ticks.wrapping_sub(clock.tsc());
-    if left as i64 <= 0 { Some(0) } else { Some(clock.tsc_to_nanos(ticks).saturating_add(1)) }
+    // A deadline behind the last tick of the clock never comes.
+    let at = clock.tsc().checked_add(left)?;
+    Some(clock.tsc_to_nanos(at).saturating_add(1))
 }
 
 /// Moves what other threads posted into the APIC.

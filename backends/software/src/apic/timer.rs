@@ -110,6 +110,11 @@ impl Timer {
         true
     }
 
+    /// Ticks from guest TSC `tsc` to the deadline, 0 once it is due; `None` while disarmed.
+    pub fn deadline_in(&self, tsc: u64) -> Option<u64> {
+        (self.deadline != 0).then(|| self.deadline.saturating_sub(tsc))
+    }
+
     /// Whether the guest's TSC, now `tsc`, reached the deadline; the register becomes zero then.
     pub fn expire_deadline(&mut self, tsc: u64) -> bool {
         let due = self.deadline != 0 && tsc >= self.deadline;
@@ -168,5 +173,15 @@ mod tests {
         assert!(!t.expire_deadline(4999));
         assert!(t.expire_deadline(5000));
         assert!(!t.expire_deadline(5001) && t.deadline == 0);
+        assert_eq!(t.deadline_in(5001), None);
+    }
+
+    #[test]
+    fn a_deadline_in_the_upper_half_of_the_tsc_is_far_ahead_not_due() {
+        let mut t = Timer { deadline: u64::MAX, ..Timer::default() };
+        assert_eq!(t.deadline_in(1000), Some(u64::MAX - 1000));
+        assert!(!t.expire_deadline(1000));
+        assert_eq!(t.deadline_in(u64::MAX), Some(0));
+        assert!(t.expire_deadline(u64::MAX));
     }
 }
