@@ -91,7 +91,10 @@ fn step(code: &mut Vec<u8>, events: &mut Vec<Event>, script: &mut Script<'_>) {
         // IA32_APIC_BASE: on, off, x2APIC, elsewhere.
         9 => wrmsr(code, 0x1b, (0xfee0_0100 | u32::from(which) << 8).to_le_bytes(), 0),
         // IA32_TSC_DEADLINE
-        10 => wrmsr(code, 0x6e0, script.array(), which & 1),
+        10 => {
+            let high = if which & 2 != 0 { 0x80 } else { 0 };
+            wrmsr(code, 0x6e0, script.array(), which & 1 | high);
+        }
         // mov cr8, rax; or HLT; or STI; CLI
         11 => match which & 3 {
             0 => code.extend([0xf4]),
@@ -129,7 +132,15 @@ fn value(register: u32, script: &mut Script<'_>) -> [u8; 4] {
 
 fn wrmsr(code: &mut Vec<u8>, index: u32, low: [u8; 4], high: u8) {
     code.extend(
-        [&[0xb9][..], &index.to_le_bytes(), &[0xb8], &low, &[0xba], &u32::from(high).to_le_bytes()].concat(),
+        [
+            &[0xb9][..],
+            &index.to_le_bytes(),
+            &[0xb8],
+            &low,
+            &[0xba],
+            &(u32::from(high) << 24 | u32::from(high & 1)).to_le_bytes(),
+        ]
+        .concat(),
     );
     code.extend([0x0f, 0x30]);
 }
@@ -138,6 +149,9 @@ fn wrmsr(code: &mut Vec<u8>, index: u32, low: [u8; 4], high: u8) {
 fn seeds() -> Vec<Vec<u8>> {
     let spurious = [0, 0x0f, 0xff, 1, 0, 0];
     let mut seeds = atoll_fuzz::seeds::arbitrary(64, 400);
+    // A TSC deadline at the end of time, and HLT.
+    let lvt = [0, 0x32, 0x40, 0, 4, 0];
+    seeds.push([&spurious[..], &lvt, &[10, 3, 0xff, 0xff, 0xff, 0xff, 11, 0]].concat());
     for mode in 0..4u8 {
         let lvt = [0, 0x32, 0x40, 0, mode << 1, 0];
         let count = [0, 0x38, 0xe8, 3, 0, 0];

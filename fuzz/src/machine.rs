@@ -28,6 +28,8 @@ pub const ROM: u64 = 0xf_0000;
 pub const ROM_SIZE: u64 = 0x4000;
 /// Most device accesses of one run.
 pub const MAX_ACCESSES: u32 = 10_000;
+/// Most waits of a halted vCPU for a deadline that has passed.
+pub const MAX_SPINS: u32 = 100;
 /// Longest run, in host time.
 pub const PATIENCE: Duration = Duration::from_millis(10);
 
@@ -45,6 +47,8 @@ pub fn model(host: bool) -> Arc<CpuModel> {
 struct FuzzClock {
     now: AtomicU64,
     leapt: AtomicBool,
+    /// Waits in a row for a deadline that had passed.
+    spins: AtomicU32,
     stop: StopFlag,
     partition: OnceLock<Weak<SoftwarePartition>>,
 }
@@ -64,7 +68,10 @@ impl Clock for FuzzClock {
     }
     fn host_delay(&self, at: Nanos) -> Option<Duration> {
         if at != u64::MAX {
-            self.now.fetch_max(at, Ordering::SeqCst);
+            let before = self.now.fetch_max(at, Ordering::SeqCst);
+            let spins = if before < at { 0 } else { self.spins.load(Ordering::SeqCst) + 1 };
+            self.spins.store(spins, Ordering::SeqCst);
+            assert!(spins < MAX_SPINS, "a halted vCPU spins: its timer is due and does not fire");
             self.leapt.store(true, Ordering::SeqCst);
             return Some(Duration::ZERO);
         }
@@ -221,6 +228,7 @@ impl Machine {
         let clock = Arc::new(FuzzClock {
             now: AtomicU64::new(1_000_000),
             leapt: AtomicBool::new(false),
+            spins: AtomicU32::new(0),
             stop: stop.clone(),
             partition: OnceLock::new(),
         });
