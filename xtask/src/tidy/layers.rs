@@ -36,6 +36,7 @@ const HOUSE: &[Place] = &[
     place("atoll-storage", "storage", 2, &[]),
     // Siblings never see each other; the conformance suite is what each of them runs in its tests.
     place("atoll-cpu-software", "backends/software", 2, &["atoll-backend-conformance"]),
+    place("atoll-differential", "testing/differential", 3, &[]),
     place("atoll-oracle", "testing/oracle", 3, &[]),
     place("atoll-pci", "devices/pci", 3, &[]),
     place("atoll-chipset", "devices/chipset", 3, &["atoll-pci"]),
