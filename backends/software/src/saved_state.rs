@@ -73,7 +73,7 @@ pub(crate) fn save(cpu: &mut Cpu) -> CpuState {
         tsc: time::guest_tsc(cpu),
         lapic,
         activity: cpu.activity,
-        interrupt_shadow: cpu.interrupt_shadow,
+        interrupt_shadow: cpu.interrupt_shadow && cpu.rip == cpu.system.shadow_rip,
         nmi_blocked: cpu.nmi_blocked,
         nmi_pending: cpu.system.nmis != 0,
         sipi_vector: cpu.system.sipi_vector,
@@ -237,6 +237,7 @@ fn load_system(cpu: &mut Cpu, s: &CpuState) {
     let model = cpu.shared.model.clone();
     let mut system = SystemState::new(&model, cpu.system.index, cpu.system.lapic.id());
     system.pending_event = s.pending_event;
+    system.shadow_rip = s.rip;
     system.nmis = u8::from(s.nmi_pending);
     system.sipi_vector = s.sipi_vector;
     system.lapic.restore(s.lapic.apic_base, &s.lapic.registers);

@@ -35,7 +35,7 @@ use crate::exception::Exception;
 use crate::execute::{self, Leave};
 use crate::saved_state;
 use crate::system::delivery::{self, Event};
-use crate::system::{debug, paravirt};
+use crate::system::{debug, end_stale_shadow, event_waits, paravirt};
 
 /// Longest busy wait before a halted vCPU sleeps: a wake from sleep costs more than this.
 const MAX_POLL: Duration = Duration::from_micros(50);
@@ -48,13 +48,18 @@ pub struct SoftwareVcpu {
     mailbox: Arc<Mailbox>,
     /// Current busy wait of HLT; grows while waits are short, shrinks while they are long.
     poll: Duration,
+    /// Turns of state Active so far.
+    turns: u32,
 }
+
+/// Turns of the loop between two looks at steal time.
+const STEAL_TURNS: u32 = 32;
 
 impl SoftwareVcpu {
     pub(crate) fn new(cpu: Cpu) -> Self {
         let mailbox = cpu.shared.mailboxes[cpu.system.index as usize].clone();
         apic::publish(&cpu);
-        Self { cpu, mailbox, poll: MIN_POLL }
+        Self { cpu, mailbox, poll: MIN_POLL, turns: 0 }
     }
 
     /// Takes what other threads asked for.
@@ -87,22 +92,24 @@ impl SoftwareVcpu {
     }
 
     fn publish_count(&self) {
-        self.mailbox.retired.store(self.cpu.retired, Ordering::SeqCst);
+        self.mailbox.retired.store(self.cpu.retired, Ordering::Release);
     }
 
     /// State Active: one turn.
     fn active(&mut self, io: &dyn CpuIo) -> Option<HaltReason> {
         let cpu = &mut self.cpu;
-        cpu.budget_end = self.mailbox.budget_end.load(Ordering::SeqCst);
+        cpu.budget_end = self.mailbox.budget_end.load(Ordering::Acquire);
         if cpu.retired >= cpu.budget_end {
             return Some(HaltReason::BudgetSpent);
         }
         apic::check_timer(cpu);
-        if cpu.system.paravirt.steal_time & 1 != 0 {
+        self.turns = self.turns.wrapping_add(1);
+        if self.turns.is_multiple_of(STEAL_TURNS) && cpu.system.paravirt.steal_time & 1 != 0 {
             let now = cpu.shared.clock.now();
             paravirt::update_steal(cpu, now);
         }
         cpu.recheck = false;
+        end_stale_shadow(cpu);
         if inject(cpu, io) {
             return None;
         }
@@ -117,7 +124,7 @@ impl SoftwareVcpu {
     /// State Halted: wakes on an event that can be delivered, or sleeps.
     fn halted(&mut self) {
         apic::check_timer(&mut self.cpu);
-        if can_wake(&self.cpu) {
+        if event_waits(&self.cpu) {
             self.cpu.activity = Activity::Active;
             return;
         }
@@ -171,15 +178,6 @@ impl SoftwareVcpu {
             None => self.mailbox.sleep(None),
         }
     }
-}
-
-/// Whether a halted processor has something to wake for.
-fn can_wake(cpu: &Cpu) -> bool {
-    let interrupts = cpu.rflags & flag::IF != 0;
-    cpu.system.pending_debug != 0
-        || cpu.system.pending_event.is_some()
-        || cpu.system.nmis != 0 && !cpu.nmi_blocked
-        || interrupts && (cpu.system.lapic.deliverable().is_some() || apic::extint_pending(cpu))
 }
 
 /// Delivers the most important pending event. Returns whether there was one.

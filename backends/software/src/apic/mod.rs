@@ -29,7 +29,7 @@ use self::routing::{Destination, Message, delivery, physical8};
 use self::timer::Mode;
 use crate::cpu::Cpu;
 use crate::exception::{Exception, Outcome};
-use crate::system::time;
+use crate::system::{self, time};
 
 /// Whether physical `address` is in this processor's APIC register page.
 #[inline]
@@ -58,11 +58,11 @@ pub fn mmio_write(cpu: &mut Cpu, at: u64, data: &[u8]) {
         return;
     }
     let register = at as u32 & 0xff0;
-    cpu.recheck = true;
     match cpu.system.lapic.write(register, u32::from_le_bytes(*word)) {
         Some(effect) => carry_out(cpu, effect),
         None => cpu.system.lapic.report(lapic::ERROR_REGISTER),
     }
+    system::recheck_events(cpu);
 }
 
 /// The timer's current count.
@@ -202,7 +202,6 @@ pub(crate) fn msr_write(cpu: &mut Cpu, index: u32, value: u64) -> Outcome {
     if value & !writable != 0 {
         return Err(Exception::GP0);
     }
-    cpu.recheck = true;
     let effect = match register {
         offset::SELF_IPI => Effect::SelfIpi(value as u8),
         _ => {
@@ -242,7 +241,6 @@ pub(crate) fn write_base(cpu: &mut Cpu, value: u64) -> Outcome {
         (_, MODE) => (apic.icr_high, apic.icr_low) = (0, 0),
         _ => {}
     }
-    cpu.recheck = true;
     publish(cpu);
     Ok(())
 }
@@ -256,7 +254,9 @@ pub(crate) fn deadline(cpu: &Cpu) -> u64 {
 pub(crate) fn set_deadline(cpu: &mut Cpu, value: u64) {
     if cpu.system.lapic.timer_mode() == Mode::Deadline {
         cpu.system.lapic.timer.deadline = value;
-        cpu.recheck = true;
+        if value != 0 && time::guest_tsc(cpu) >= value {
+            cpu.recheck = true;
+        }
     }
 }
 

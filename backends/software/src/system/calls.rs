@@ -58,8 +58,8 @@ pub(crate) fn syscall(cpu: &mut Cpu) -> Outcome {
 /// stops inside the kernel's entry.
 fn finish(cpu: &mut Cpu) {
     cpu.system.step_flag = Some(cpu.rflags & flag::TF != 0);
-    cpu.recheck = true;
     cpu.refresh_mode();
+    super::recheck_events(cpu);
 }
 
 /// SYSRET, with a 64-bit or 32-bit target.
@@ -116,7 +116,6 @@ pub(crate) fn sysenter(cpu: &mut Cpu) -> Outcome {
     cpu.segments[seg::SS] = flat(selector.wrapping_add(8), DATA);
     cpu.gpr[gpr::RSP] = rsp & mask;
     cpu.next_rip = rip & mask;
-    cpu.recheck = true;
     cpu.refresh_mode();
     Ok(())
 }
@@ -140,7 +139,6 @@ pub(crate) fn sysexit(cpu: &mut Cpu, wide: bool) -> Outcome {
         cpu.segments[seg::SS] = flat(selector.wrapping_add(24) | 3, DATA | RING3);
         (cpu.next_rip, cpu.gpr[gpr::RSP]) = (rip & 0xffff_ffff, rsp & 0xffff_ffff);
     }
-    cpu.recheck = true;
     cpu.refresh_mode();
     Ok(())
 }

@@ -37,7 +37,6 @@ pub(crate) fn execute_move(cpu: &mut Cpu, i: &Instruction) -> Outcome {
     let wide = cpu.mode.bits == 64;
     if to {
         let value = if wide { cpu.gpr[general] } else { cpu.gpr[general] & 0xffff_ffff };
-        cpu.recheck = true;
         return match number {
             0 => write_cr0(cpu, value),
             2 => {
@@ -65,6 +64,7 @@ fn write_cr8(cpu: &mut Cpu, value: u64) -> Outcome {
         return Err(Exception::GP0);
     }
     cpu.system.lapic.set_cr8(value as u8);
+    super::recheck_events(cpu);
     Ok(())
 }
 
@@ -99,7 +99,6 @@ pub(crate) fn write_cr0(cpu: &mut Cpu, value: u64) -> Outcome {
     if changed & (CR0_PG | CR0_PE) != 0 {
         cpu.mmu.flush_all();
     }
-    cpu.recheck = true;
     cpu.refresh_mode();
     Ok(())
 }
@@ -185,7 +184,6 @@ pub(crate) fn execute_status(cpu: &mut Cpu, io: &dyn CpuIo, i: &Instruction) -> 
         Mnemonic::Clts => {
             require_cpl0(cpu)?;
             cpu.cr0 &= !CR0_TS;
-            cpu.recheck = true;
             Ok(())
         }
         Mnemonic::Lmsw => {
@@ -218,7 +216,6 @@ pub(crate) fn write_efer(cpu: &mut Cpu, value: u64) -> Outcome {
     if changed & EFER_NXE != 0 {
         cpu.mmu.flush_all();
     }
-    cpu.recheck = true;
     Ok(())
 }
 
@@ -256,7 +253,6 @@ pub(crate) fn execute_extended(cpu: &mut Cpu, i: &Instruction) -> Outcome {
         return Err(Exception::GP0);
     }
     cpu.xcr0 = value;
-    cpu.recheck = true;
     Ok(())
 }
 
@@ -308,7 +304,6 @@ pub(crate) fn invalidate_pcid(cpu: &mut Cpu, io: &dyn CpuIo, i: &Instruction) ->
         1 => cpu.mmu.flush_pcid((pcid & 0xfff) as u16),
         _ => cpu.mmu.flush_all(),
     }
-    cpu.recheck = true;
     Ok(())
 }
 

@@ -51,7 +51,7 @@ pub(crate) fn pop(cpu: &mut Cpu, io: &dyn CpuIo, i: &Instruction) -> Outcome {
         writable |= flag::IOPL;
     }
     cpu.rflags = cpu.rflags & !(writable | flag::RF) | image & writable | 2;
-    cpu.recheck = true;
+    super::recheck_events(cpu);
     Ok(())
 }
 
@@ -64,8 +64,8 @@ pub(crate) fn interrupts(cpu: &mut Cpu, enable: bool) -> Outcome {
         cpu.rflags &= !flag::IF;
     } else if cpu.rflags & flag::IF == 0 {
         cpu.rflags |= flag::IF;
-        cpu.interrupt_shadow = true;
-        cpu.recheck = true;
+        super::begin_shadow(cpu);
+        super::recheck_events(cpu);
     }
     Ok(())
 }

@@ -25,14 +25,15 @@ const USER_FLAGS: u64 = flag::ARITHMETIC | flag::TF | flag::DF | flag::NT;
 /// IRET with operands of `size` bytes. NMIs are unblocked even when it faults.
 pub(crate) fn execute(cpu: &mut Cpu, io: &dyn CpuIo, size: u32) -> Outcome {
     cpu.nmi_blocked = false;
-    cpu.recheck = true;
     if cpu.mode.protected {
-        return protected(cpu, io, size);
-    }
-    if cpu.mode.v8086 && cpu.rflags & flag::IOPL != flag::IOPL {
+        protected(cpu, io, size)?;
+    } else if cpu.mode.v8086 && cpu.rflags & flag::IOPL != flag::IOPL {
         return Err(Exception::GP0);
+    } else {
+        real(cpu, io, size)?;
     }
-    real(cpu, io, size)
+    super::recheck_events(cpu);
+    Ok(())
 }
 
 fn real(cpu: &mut Cpu, io: &dyn CpuIo, size: u32) -> Outcome {

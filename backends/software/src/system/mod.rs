@@ -34,6 +34,7 @@ use atoll_machine::cpu::model::{CpuModel, CpuidContext, Feature};
 use atoll_machine::cpu::state::{PendingEvent, gpr};
 use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 
+use crate::apic;
 use crate::apic::lapic::Lapic;
 use crate::cpu::{Cpu, flag};
 use crate::exception::{Exception, Outcome};
@@ -62,6 +63,9 @@ pub struct SystemState {
     pub debug_fault: u64,
     /// I/O breakpoints hit by the current instruction, as DR6 bits.
     pub debug_hits: u64,
+    /// The instruction that the interrupt shadow is for: the interpreter goes on after STI when nothing waits,
+    /// and the shadow is over once RIP is another.
+    pub shadow_rip: u64,
     /// MOV SS or POP SS also holds debug traps off until after the next instruction.
     pub debug_shadow: bool,
     /// SYSCALL and SYSRET: whether a single-step trap follows, overriding TF at the start.
@@ -88,6 +92,7 @@ impl SystemState {
             pending_debug: 0,
             debug_fault: 0,
             debug_hits: 0,
+            shadow_rip: 0,
             debug_shadow: false,
             step_flag: None,
             nmis: 0,
@@ -101,6 +106,38 @@ impl SystemState {
     pub(crate) fn latch_nmis(&mut self, count: u8, blocked: bool) {
         let limit = if blocked { 1 } else { 2 };
         self.nmis = self.nmis.saturating_add(count).min(limit);
+    }
+}
+
+/// Whether something waits that the processor would take at the next boundary.
+pub(crate) fn event_waits(cpu: &Cpu) -> bool {
+    let s = &cpu.system;
+    s.pending_debug != 0
+        || s.pending_fault.is_some()
+        || s.pending_event.is_some()
+        || s.nmis != 0 && !cpu.nmi_blocked
+        || cpu.rflags & flag::IF != 0 && (s.lapic.deliverable().is_some() || apic::extint_pending(cpu))
+}
+
+/// Makes the interpreter look up after an instruction that may have made an event deliverable (IF, TPR, EOI)
+/// or that makes the next one be executed alone (TF, RF).
+pub(crate) fn recheck_events(cpu: &mut Cpu) {
+    if cpu.rflags & (flag::TF | flag::RF) != 0 || event_waits(cpu) {
+        cpu.recheck = true;
+    }
+}
+
+/// Holds interrupts off until after the next instruction (STI, MOV SS, POP SS).
+pub(crate) fn begin_shadow(cpu: &mut Cpu) {
+    cpu.interrupt_shadow = true;
+    cpu.system.shadow_rip = cpu.next_rip;
+}
+
+/// Ends a shadow whose instruction has been executed without the run loop noticing.
+pub(crate) fn end_stale_shadow(cpu: &mut Cpu) {
+    if cpu.interrupt_shadow && cpu.rip != cpu.system.shadow_rip {
+        cpu.interrupt_shadow = false;
+        cpu.system.debug_shadow = false;
     }
 }
 

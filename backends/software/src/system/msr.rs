@@ -97,8 +97,9 @@ pub(crate) fn execute_write(cpu: &mut Cpu) -> Outcome {
         return Err(Exception::GP0);
     }
     let (index, value) = (cpu.gpr[gpr::RCX] as u32, edx_eax(cpu));
-    cpu.recheck = true;
-    write(cpu, index, value)
+    write(cpu, index, value)?;
+    super::recheck_events(cpu);
+    Ok(())
 }
 
 /// Reads register `index`; `None` where RDMSR faults.

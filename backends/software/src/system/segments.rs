@@ -213,7 +213,7 @@ pub(crate) fn execute_moves(cpu: &mut Cpu, io: &dyn CpuIo, i: &Instruction) -> O
 /// Interrupts and debug traps are held off for one instruction after a load of SS.
 fn shadow_after(cpu: &mut Cpu, register: usize) {
     if register == seg::SS {
-        cpu.interrupt_shadow = true;
+        super::begin_shadow(cpu);
         cpu.system.debug_shadow = true;
         cpu.recheck = true;
     }

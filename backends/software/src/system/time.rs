@@ -30,6 +30,8 @@ pub(crate) fn write_tsc(cpu: &mut Cpu, value: u64) {
 /// WRMSR to IA32_TSC_ADJUST: moves the TSC by as much as the register changes.
 pub(crate) fn write_adjust(cpu: &mut Cpu, value: u64) {
     cpu.system.tsc_adjust = value;
+    // The deadline timer may be due by this.
+    cpu.recheck = true;
     super::paravirt::refresh(cpu);
 }
 
