@@ -111,7 +111,7 @@ fn step(code: &mut Vec<u8>, events: &mut Vec<Event>, script: &mut Script<'_>) {
                 ),
                 14 if kind & 0x10 != 0 => Event::Nmi,
                 14 => Event::ExtInt(which & 1 != 0, script.u8()),
-                _ => Event::Time(1 << (which & 0x3f)),
+                _ => Event::Time(1 << (which % 48)),
             });
         }
     }

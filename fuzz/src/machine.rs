@@ -30,6 +30,8 @@ pub const ROM_SIZE: u64 = 0x4000;
 pub const MAX_ACCESSES: u32 = 10_000;
 /// Most waits of a halted vCPU for a deadline that has passed.
 pub const MAX_SPINS: u32 = 100;
+/// Guest time that is never reached, in ns: the TSC would wrap.
+const END: Nanos = 1 << 62;
 /// Longest run, in host time.
 pub const PATIENCE: Duration = Duration::from_millis(10);
 
@@ -67,6 +69,10 @@ impl Clock for FuzzClock {
         nanos_to_tsc(self.now(), TSC_KHZ)
     }
     fn host_delay(&self, at: Nanos) -> Option<Duration> {
+        if (END..u64::MAX).contains(&at) {
+            self.end();
+            return None;
+        }
         if at != u64::MAX {
             let before = self.now.fetch_max(at, Ordering::SeqCst);
             let spins = if before < at { 0 } else { self.spins.load(Ordering::SeqCst) + 1 };
