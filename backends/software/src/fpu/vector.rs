@@ -47,8 +47,13 @@ fn any_alignment(cpu: &Cpu, instruction: &Instruction) -> bool {
     cpu.shared.model.vendor == Vendor::Amd
         && matches!(
             instruction.mnemonic(),
-            M::Sha1rnds4 | M::Sha1nexte | M::Sha1msg1 | M::Sha1msg2
-        | M::Sha256rnds2 | M::Sha256msg1 | M::Sha256msg2
+            M::Sha1rnds4
+                | M::Sha1nexte
+                | M::Sha1msg1
+                | M::Sha1msg2
+                | M::Sha256rnds2
+                | M::Sha256msg1
+                | M::Sha256msg2
         )
 }
 

@@ -63,7 +63,8 @@ fn forms(code: Code) -> Vec<Vec<u8>> {
     let kinds = info.op_kinds();
     let mut out = Vec::new();
     for memory in [false, true] {
-        let mut instruction = Instruction::with(code);
+        let mut instruction = Instruction::default();
+        instruction.set_code(code);
         let mut used_memory = false;
         let mut complete = true;
         for (index, kind) in kinds.iter().enumerate() {

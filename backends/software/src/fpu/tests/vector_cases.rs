@@ -889,6 +889,10 @@ fn unmasked_exceptions_fault_exactly_when_the_host_raises_their_flag() {
                 assert_ne!(after.mxcsr & unmasked, 0, "{}: the flag is set", case.text);
                 let mut unchanged = before.clone();
                 (unchanged.mxcsr, unchanged.code) = (after.mxcsr, after.code);
+                if case.text.contains(" mm") {
+                    // The transition to MMX comes before the exception.
+                    unchanged.fx = after.fx;
+                }
                 assert!(
                     after == comparable(unchanged),
                     "{}: state changed\n{before:x?}\n{after:x?}",
