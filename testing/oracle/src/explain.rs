@@ -58,7 +58,12 @@ pub fn reason(
                 && memory.iter().all(|b| b.2 == 0)
                 && memory.last().is_some_and(|b| only_mask(&[*b]))
         },
-        &|| case.mode == Mode::Long && host.trap.vector == 13 && guest.trap.vector == 14 && has_base(last),
+        &|| {
+            case.mode == Mode::Long
+                && host.trap.vector == 13
+                && matches!(guest.trap.vector, 14 | 17)
+                && has_base(last)
+        },
         &|| {
             (host.trap.vector == 17 && (uses(path, LONG_OPERANDS)))
                 || (guest.trap.vector == 17 && uses(&[*last], MASKED))
@@ -148,6 +153,11 @@ pub fn undefined_by(mnemonic: Mnemonic) -> u64 {
     }
 }
 
+/// Whether nothing may follow an instruction in a generated case.
+pub fn must_be_last(mnemonic: Mnemonic) -> bool {
+    undefined_by(mnemonic) != 0 || IMAGES.contains(&mnemonic)
+}
+
 fn decimal_flags(case: &Case, host: &After, guest: &After, memory: &[Byte], path: &[Instruction]) -> bool {
     let plain = memory.is_empty() || only_opcode(memory) && uses(path, IMAGES);
     let undefined = path.iter().fold(0, |flags, i| flags | undefined_by(i.mnemonic()));
@@ -202,9 +212,8 @@ fn memory_faults(host: &After, guest: &After) -> bool {
     let (h, g) = (&host.trap, &guest.trap);
     let refused = |vector: u64| (12..=14).contains(&vector);
     // At the end of the canonical addresses the first part faults before the last one is refused.
-    let near = h.vector != 14
-        || h.address.abs_diff(g.address) == 0x1_0000
-        || g.vector != 14
-        || h.address.wrapping_sub(g.address).wrapping_add(512) < 1024;
+    // 16-bit addresses wrap between the parts.
+    let distance = h.address.wrapping_sub(g.address).wrapping_add(512) & 0xffff;
+    let near = h.vector != 14 || g.vector != 14 || distance < 1024;
     refused(h.vector) && refused(g.vector) && host.rip == guest.rip && near
 }

@@ -38,8 +38,6 @@ struct Draft {
     case: Case,
     /// Registers whose value an earlier instruction depends on.
     fixed: u16,
-    /// An instruction left flags undefined.
-    undefined: bool,
 }
 
 impl Generator {
@@ -75,7 +73,7 @@ impl Generator {
             Modes::One(mode) => mode,
             Modes::All => rng.pick(&[Mode::Long, Mode::Long, Mode::Protected32, Mode::Protected16]),
         };
-        let mut draft = Draft { case: initial(&mut rng, mode), fixed: 0, undefined: false };
+        let mut draft = Draft { case: initial(&mut rng, mode), fixed: 0 };
         // Which patterns the pages have changes rarely: pages that a case leaves alone need no restoring.
         let mut slow = Rng::for_case(seed, index >> 8 | 1 << 63);
         draft.case.patterns = [0; 4].map(|_| slow.below(PATTERNS as u64) as u8);
@@ -97,19 +95,31 @@ impl Generator {
             if self.acceptable(&longer, mode, draft.case.start()) {
                 draft.case.code = longer;
             }
-            // Undefined flags must not reach another instruction.
-            if draft.undefined {
-                break;
-            }
         }
+        self.end_at_the_undefined(&mut draft.case);
         place(&mut draft.case);
         draft.case
+    }
+
+    /// Cuts the code after the first instruction that leaves flags undefined or stores the last x87 opcode: what
+    /// processors disagree about must not reach another instruction.
+    fn end_at_the_undefined(&self, case: &mut Case) {
+        let mut at = 0;
+        while at < case.code.len() {
+            let rip = case.start().wrapping_add(at as u64);
+            let options = self.eligibility.decoder_options;
+            let (instruction, _) = encode::decode(&case.code[at..], case.mode, rip, options);
+            at += instruction.len().max(1);
+            if crate::explain::must_be_last(instruction.mnemonic()) {
+                case.code.truncate(at);
+            }
+        }
     }
 
     /// A case with given code, its state drawn and its operands steered by `seed`.
     pub fn case_with_code(&mut self, seed: u64, mode: Mode, code: &[u8]) -> Case {
         let mut rng = Rng::for_case(seed, 0);
-        let mut draft = Draft { case: initial(&mut rng, mode), fixed: 0, undefined: false };
+        let mut draft = Draft { case: initial(&mut rng, mode), fixed: 0 };
         draft.case.patterns = [0; 4].map(|_| rng.below(PATTERNS as u64) as u8);
         let start = draft.case.start();
         let mut at = 0;
@@ -161,7 +171,6 @@ impl Generator {
                 continue;
             }
             bytes.truncate(instruction.len());
-            draft.undefined |= crate::explain::undefined_by(instruction.mnemonic()) != 0;
             if !rng.once_in(24) {
                 self.steer(rng, draft, &instruction, &offsets, &mut bytes);
             }
