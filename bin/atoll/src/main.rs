@@ -36,7 +36,10 @@ enum Verb {
 }
 
 fn main() -> std::process::ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return usage(&error),
+    };
     init_logging();
     let result = match cli.verb {
         Verb::Run(args) => commands::run::run(args),
@@ -49,6 +52,20 @@ fn main() -> std::process::ExitCode {
             failure.exit_code().into()
         }
     }
+}
+
+/// Help and version are printed as they are; wrong usage is one line like every other refusal.
+fn usage(error: &clap::Error) -> std::process::ExitCode {
+    if error.use_stderr() && error.kind() != clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand
+    {
+        let text = error.to_string();
+        let what = text.split("\n\n").next().unwrap_or_default().trim_start_matches("error: ");
+        let words: Vec<&str> = what.split_whitespace().collect();
+        eprintln!("atoll: {}; see --help", words.join(" "));
+    } else {
+        let _ = error.print();
+    }
+    u8::try_from(error.exit_code()).unwrap_or(2).into()
 }
 
 /// Our own log goes to standard error, warnings and worse unless `ATOLL_LOG` says otherwise (`ATOLL_LOG=debug`).

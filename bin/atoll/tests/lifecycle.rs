@@ -70,7 +70,8 @@ fn a_panic_that_the_guest_reports_is_a_crash() {
 fn a_crash_may_reset_instead() {
     // Says hello, then panics or faults: with reset it says hello again and again.
     let panics = payload::print("HELLO\n", &[0x66, 0xba, 0x05, 0x05, 0xb0, 0x01, 0xee, 0xf4]);
-    let mut machine = Bench::new().start(&panics, &["--on-crash", "reset"]);
+    let bench = Bench::new();
+    let mut machine = bench.start(&panics, &["--on-crash", "reset"]);
     for _ in 0..3 {
         machine.expect("HELLO", SOON).unwrap();
     }
@@ -113,7 +114,8 @@ fn the_end_of_standard_input_ends_input_only() {
 
 #[test]
 fn the_first_signal_presses_the_power_button_and_the_second_ends_the_machine() {
-    let mut machine = Bench::new().start(&payload::print("UP\n", &[0xf4, 0xeb, 0xfd]), &[]);
+    let bench = Bench::new();
+    let mut machine = bench.start(&payload::print("UP\n", &[0xf4, 0xeb, 0xfd]), &[]);
     machine.expect("UP", SOON).unwrap();
     machine.terminate().unwrap();
     machine.expect("power button", SOON).unwrap();

@@ -56,9 +56,8 @@ impl Guest {
         let mut a = CodeAssembler::new(32)?;
         let random = a.create_label();
         let mut guest = Self { a, random };
-        let (mut top, mut last, mut handler) =
-            (guest.a.create_label(), guest.a.create_label(), guest.a.create_label());
-        guest.interrupt_table(handler)?;
+        let (mut top, mut last) = (guest.a.create_label(), guest.a.create_label());
+        guest.interrupt_table(top)?;
         guest.a.mov(ebx, seed | 1)?;
         guest.a.mov(edi, COUNT)?;
         guest.a.mov(dword_ptr(edi), rounds)?;
@@ -71,12 +70,6 @@ impl Guest {
         guest.a.jz(last)?;
         round(&mut guest)?;
         guest.a.jmp(top)?;
-        guest.a.set_label(&mut handler)?;
-        // Whatever it was, the round is over. An interrupt is acknowledged, so that others can come.
-        guest.a.mov(edi, LAPIC + 0xb0)?;
-        guest.a.mov(dword_ptr(edi), 0)?;
-        guest.a.or(ebx, 1)?;
-        guest.a.jmp(top)?;
         guest.a.set_label(&mut last)?;
         guest.a.mov(al, u32::from(THROUGH))?;
         guest.a.out(u32::from(payload::DEBUG_EXIT_PORT), al)?;
@@ -85,12 +78,20 @@ impl Guest {
         Ok(payload::kernel(&guest.a.assemble(u64::from(payload::ENTRY))?))
     }
 
-    /// All 256 vectors lead to `handler`.
-    fn interrupt_table(&mut self, handler: CodeLabel) -> Result<(), IcedError> {
+    /// All 256 vectors lead to a handler: whatever it was, the round is over. An interrupt is acknowledged, so that
+    /// others can come.
+    fn interrupt_table(&mut self, top: CodeLabel) -> Result<(), IcedError> {
         let a = &mut self.a;
-        let mut fill = a.create_label();
+        let (mut fill, mut over) = (a.create_label(), a.create_label());
         a.mov(esp, STACK)?;
-        a.lea(eax, ptr(handler))?;
+        // The return address that this leaves is the handler's.
+        a.call(over)?;
+        a.mov(edi, LAPIC + 0xb0)?;
+        a.mov(dword_ptr(edi), 0)?;
+        a.or(ebx, 1)?;
+        a.jmp(top)?;
+        a.set_label(&mut over)?;
+        a.pop(eax)?;
         a.mov(esi, eax)?;
         a.shr(esi, 16)?;
         a.mov(edx, cs)?;
