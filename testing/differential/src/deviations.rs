@@ -35,6 +35,61 @@ pub const KNOWN: &[Deviation] = &[
         manual: "SDM vol. 2, INT n/INTO/INT3/INT1: INT1 raises #DB as a trap",
     },
     Deviation {
+        cases: &["mov ss,3 cpl0", "iretq to 78 with ss 3"],
+        what: "a null SS may have any RPL in 64-bit mode",
+        manual: "SDM vol. 2, MOV and IRET: #GP if the RPL of a null selector for SS is not CPL",
+    },
+    Deviation {
+        cases: &["upper 800"],
+        what: "presence is looked at before the type field of a 16-byte gate's upper half",
+        manual: "SDM vol. 3, 6.8.3.1: #GP if the upper type field is not zero; the order is not given",
+    },
+    Deviation {
+        cases: &["lar lsl verr verw 68", "Inspect "],
+        what: "LSL ignores the type field of a 16-byte descriptor's upper half",
+        manual: "APM vol. 2, 4.8.3: the field must be zero",
+    },
+    Deviation {
+        cases: &["long int "],
+        what: "the error code of a 64-bit IDT entry holds twice the vector",
+        manual: "SDM vol. 3, 6.13: the index field is the vector",
+    },
+    Deviation {
+        cases: &["syscall mask"],
+        what: "SYSCALL loses the arithmetic flags",
+        manual: "SDM vol. 2, SYSCALL: only the flags in IA32_FMASK are cleared",
+    },
+    Deviation {
+        cases: &["sysret all flags"],
+        what: "SYSRET leaves AC, VIF and VIP alone",
+        manual: "SDM vol. 2, SYSRET: RFLAGS is R11 AND 3C7FD7H, with bit 1 set",
+    },
+    Deviation {
+        cases: &["efer ", "msr "],
+        what: "reserved bits of EFER, unknown MSRs and non-canonical values are accepted",
+        manual: "SDM vol. 2, WRMSR: #GP(0) for each",
+    },
+    Deviation {
+        cases: &["mov cr4,"],
+        what: "unknown bits of CR4 are ignored",
+        manual: "SDM vol. 2, MOV to control registers: #GP(0) for a reserved bit",
+    },
+    Deviation {
+        cases: &["general detect"],
+        what: "DR7.GD is ignored",
+        manual: "SDM vol. 3, 18.2.4: #DB before the MOV, DR6.BD set",
+    },
+    Deviation {
+        cases: &["sysenter cs 3", "sysexit cs 3"],
+        what: "the RPL bits of IA32_SYSENTER_CS count when it is compared with null",
+        manual: "SDM vol. 2, SYSENTER and SYSEXIT: #GP(0) if IA32_SYSENTER_CS[15:2] = 0",
+    },
+    Deviation {
+        cases: &["mov cr0,"],
+        what: "invalid combinations of CR0.NW and CD are accepted",
+        manual: "SDM vol. 2, MOV to control registers: #GP(0) if NW is set and CD clear",
+    },
+    Deviation {
         cases: &["task with trap flag"],
         what: "the T flag of a TSS is ignored",
         manual: "SDM vol. 3, 18.3.1.5: #DB after the switch, DR6.BT set",

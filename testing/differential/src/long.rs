@@ -60,10 +60,13 @@ fn segments(s: &mut Suite) -> anyhow::Result<()> {
             a.mov(eax, i32::from(selector))?;
             a.lldt(ax)
         })?;
-        at_both(s, &format!("ltr {selector:x}"), &|a| {
-            a.mov(eax, i32::from(selector))?;
-            a.ltr(ax)
-        })?;
+        if selector & !3 != 0 {
+            // The reference loads a null TR and is lost at the next gate.
+            at_both(s, &format!("ltr {selector:x}"), &|a| {
+                a.mov(eax, i32::from(selector))?;
+                a.ltr(ax)
+            })?;
+        }
         at_both(s, &format!("lar lsl verr verw {selector:x}"), &|a| {
             a.mov(eax, i32::from(selector))?;
             a.lar(ebx, eax)?;
@@ -167,7 +170,7 @@ fn gates(s: &mut Suite) -> anyhow::Result<()> {
         }
     }
     for vector in (0..0x50).chain([0xff]) {
-        at_both(s, &format!("int {vector:x}"), &|a| a.int(vector))?;
+        at_both(s, &format!("long int {vector:x}"), &|a| a.int(vector))?;
     }
     Ok(())
 }
@@ -257,8 +260,7 @@ fn registers(s: &mut Suite) -> anyhow::Result<()> {
             s.add(format!("msr {number:x} {value:x}"), &|a| msr(a, number, value).and_then(|()| done(a)))?;
         }
     }
-    for value in [0_u64, 0x31, 0x8001_0030, 0xa001_0031, 0xc001_0031, 0xe001_0031, 0x1_8001_0031, 0x8001_003b]
-    {
+    for value in [0xa001_0031_u64, 0xc001_0031, 0xe001_0031, 0x1_8001_0031, 0x8001_003b] {
         s.add(format!("mov cr0,{value:x}"), &|a| {
             a.mov(rax, value)?;
             a.mov(cr0, rax)?;
@@ -266,7 +268,8 @@ fn registers(s: &mut Suite) -> anyhow::Result<()> {
             done(a)
         })?;
     }
-    for value in [0_u64, 0x220, 0x200, 0x30_0220, 0x8220, 0x1_0000_0220, 0xa20, 0x2a0, 0x2220, 0x1_0220] {
+    // Values without PAE are left out: the reference accepts them and is lost.
+    for value in [0x220_u64, 0x30_0220, 0x8220, 0x1_0000_0220, 0xa20, 0x2a0, 0x2220, 0x1_0220] {
         s.add(format!("mov cr4,{value:x}"), &|a| {
             a.mov(rax, value)?;
             a.mov(cr4, rax)?;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 
 const PROGRAM: &str = "qemu-system-x86_64";
-const TIME_LIMIT: Duration = Duration::from_secs(20);
+const TIME_LIMIT: Duration = Duration::from_secs(180);
 
 /// Whether the reference emulator is there.
 pub fn installed() -> bool {
