@@ -143,6 +143,8 @@ impl Vm {
         let driving = shared.clone();
         let thread = move || {
             let end = driver.drive(machine, &receiver);
+            // Whoever hears of the end may use the images at once: they are closed and unlocked before.
+            drop(driver);
             driving.ended.store(true, Ordering::SeqCst);
             ended(end);
         };

@@ -29,6 +29,7 @@ use atoll_machine::inputs::InputGate;
 use atoll_machine::memory::{AddressSpace, MemoryError, RamBlock};
 use atoll_machine::state::StateSection;
 use atoll_machine::time::{HostClock, Timers};
+use atoll_pci::PciRoot;
 use atoll_virtio::console::Console;
 use atoll_virtio::transport::pci::VirtioPciDevice;
 
@@ -97,6 +98,7 @@ pub(crate) struct Machine<B: Backend> {
     console: Arc<Console>,
     pm: Arc<AcpiPm>,
     virtio: Vec<Arc<VirtioPciDevice>>,
+    root: Arc<PciRoot>,
     /// Everything with state but the vCPUs, in the order in which it is restored.
     sections: Vec<(String, Arc<dyn StateSection>)>,
 }
@@ -146,6 +148,7 @@ where
             console: pci.console,
             pm: chipset.pm,
             virtio: pci.virtio,
+            root: chipset.root,
             sections: chipset.sections.into_iter().chain(pci.sections).collect(),
         })
     }
@@ -210,6 +213,12 @@ impl<B: Backend> Drop for Machine<B> {
         // All at once, so that no vCPU waits for one that has already gone.
         for vcpu in &self.vcpus {
             vcpu.request_pause();
+        }
+        // Functions hold guest memory, where configuration space is mapped, which leads back to them: a machine that
+        // has ended must let go of its disks.
+        let bus = self.root.bus();
+        for (devfn, _) in bus.devices() {
+            drop(bus.detach(devfn));
         }
     }
 }
