@@ -10,6 +10,7 @@ mod events;
 mod guest;
 mod legacy;
 mod modes;
+mod noise;
 mod rings;
 mod smp;
 mod state;
