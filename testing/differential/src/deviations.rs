@@ -75,6 +75,21 @@ pub const KNOWN: &[Deviation] = &[
         manual: "SDM vol. 2, MOV to control registers: #GP(0) for a reserved bit",
     },
     Deviation {
+        cases: &["pte 800000000000", "pde reserved", "pde large reserved", "pdpte reserved", "pml4e large"],
+        what: "a page fault for a reserved bit has P clear in its error code",
+        manual: "SDM vol. 3, 4.7: RSVD is set only for present entries, with P",
+    },
+    Deviation {
+        cases: &["mov cr8,", "mov dr6,", "mov dr7,"],
+        what: "reserved bits of CR8 and DR6 are taken, DR7.GD is ignored",
+        manual: "SDM vol. 3, 2.5 and 18.2: #GP(0) for CR8 above 15; DR6 bit 12 reads as zero; #DB for DR7.GD",
+    },
+    Deviation {
+        cases: &["to a non-canonical address", "through a non-canonical rsp"],
+        what: "a branch is taken before its target is checked; stack references raise #GP",
+        manual: "SDM vol. 2, JMP, CALL, RET: #GP(0) of the branch; vol. 1, 3.3.7.1: #SS for stack references",
+    },
+    Deviation {
         cases: &["general detect"],
         what: "DR7.GD is ignored",
         manual: "SDM vol. 3, 18.2.4: #DB before the MOV, DR6.BD set",

@@ -268,8 +268,8 @@ fn registers(s: &mut Suite) -> anyhow::Result<()> {
             done(a)
         })?;
     }
-    // Values without PAE are left out: the reference accepts them and is lost.
-    for value in [0x220_u64, 0x30_0220, 0x8220, 0x1_0000_0220, 0xa20, 0x2a0, 0x2220, 0x1_0220] {
+    // Values without PAE or with reserved bits are left out: the reference accepts them and is lost.
+    for value in [0x220_u64, 0x30_0220, 0xa20, 0x2a0, 0x1_0220] {
         s.add(format!("mov cr4,{value:x}"), &|a| {
             a.mov(rax, value)?;
             a.mov(cr4, rax)?;
