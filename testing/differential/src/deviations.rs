@@ -45,7 +45,7 @@ pub const KNOWN: &[Deviation] = &[
         manual: "SDM vol. 3, 6.8.3.1: #GP if the upper type field is not zero; the order is not given",
     },
     Deviation {
-        cases: &["lar lsl verr verw 68", "Inspect "],
+        cases: &["lar lsl verr verw 68", "Inspect 68 "],
         what: "LSL ignores the type field of a 16-byte descriptor's upper half",
         manual: "APM vol. 2, 4.8.3: the field must be zero",
     },
@@ -65,17 +65,19 @@ pub const KNOWN: &[Deviation] = &[
         manual: "SDM vol. 2, SYSRET: RFLAGS is R11 AND 3C7FD7H, with bit 1 set",
     },
     Deviation {
-        cases: &["efer ", "msr "],
+        cases: &["efer ", "msr 12345678", "msr c0000100 8", "msr c0000102 8", "msr c0000082 8"],
         what: "reserved bits of EFER, unknown MSRs and non-canonical values are accepted",
         manual: "SDM vol. 2, WRMSR: #GP(0) for each",
     },
     Deviation {
-        cases: &["mov cr4,"],
-        what: "unknown bits of CR4 are ignored",
-        manual: "SDM vol. 2, MOV to control registers: #GP(0) for a reserved bit",
-    },
-    Deviation {
-        cases: &["pte 800000000000", "pde reserved", "pde large reserved", "pdpte reserved", "pml4e large"],
+        cases: &[
+            "pte 8000000000007 ",
+            "pte 8000000000001 ",
+            "pde reserved",
+            "pde large reserved",
+            "pdpte reserved",
+            "pml4e large",
+        ],
         what: "a page fault for a reserved bit has P clear in its error code",
         manual: "SDM vol. 3, 4.7: RSVD is set only for present entries, with P",
     },

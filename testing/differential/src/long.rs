@@ -8,6 +8,8 @@ use crate::layout::*;
 use crate::protected::{SELECTORS, done};
 
 type Emitted = Result<(), IcedError>;
+/// A named piece of code.
+type Body = (&'static str, fn(&mut CodeAssembler) -> Emitted);
 
 const TARGET_LOW: i32 = INNER as i32 + 0x100;
 
@@ -302,7 +304,7 @@ fn registers(s: &mut Suite) -> anyhow::Result<()> {
 }
 
 fn umip(s: &mut Suite) -> anyhow::Result<()> {
-    let bodies: [(&str, fn(&mut CodeAssembler) -> Emitted); 5] = [
+    let bodies: [Body; 5] = [
         ("smsw", |a| a.smsw(eax)),
         ("sldt", |a| a.sldt(eax)),
         ("str", |a| a.str(eax)),

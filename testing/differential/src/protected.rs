@@ -7,6 +7,8 @@ use crate::case::{Suite, Width};
 use crate::layout::*;
 
 type Emitted = Result<(), IcedError>;
+/// A named piece of code.
+type Body = (&'static str, fn(&mut CodeAssembler) -> Emitted);
 
 /// Selectors worth trying: one of each kind, and where RPL matters with both.
 pub(crate) const SELECTORS: [u16; 40] = [
@@ -459,7 +461,7 @@ fn at_task_kind(s: &mut Suite, kind: i32) -> anyhow::Result<()> {
 }
 
 fn virtual_8086(s: &mut Suite) -> anyhow::Result<()> {
-    let bodies: [(&str, fn(&mut CodeAssembler) -> Emitted); 30] = [
+    let bodies: [Body; 30] = [
         ("int 40", |a| a.int(0x40)),
         ("int 20", |a| a.int(0x20)),
         ("int3", |a| a.int3()),
