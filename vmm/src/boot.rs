@@ -15,7 +15,7 @@ use crate::config::BootFiles;
 use crate::error::VmError;
 
 /// Written in pieces of this size where a segment ends in zeros.
-const ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
+static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
 
 /// What the tables describe.
 pub(crate) struct Tables<'a> {

@@ -8,3 +8,6 @@ pub enum ConsoleId {
     /// The virtio console, `hvc0` in Linux.
     Virtio,
 }
+
+/// What a console prints goes here, on a thread of the machine.
+pub type ConsoleOutput = Box<dyn Fn(&[u8]) + Send + Sync>;

@@ -23,9 +23,9 @@ use atoll_machine::control::{MachineControl, MachineRequest};
 use atoll_storage::Disk;
 
 use crate::config::Config;
-use crate::console::ConsoleId;
+use crate::console::{ConsoleId, ConsoleOutput};
 use crate::error::VmError;
-use crate::machine::{Machine, MachineInputs};
+use crate::machine::{Machine, MachineInputs, Sink};
 
 /// How a run ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -81,9 +81,9 @@ impl RunEnd {
 /// Where a machine's output and news go. The functions run on the machine's threads.
 pub struct VmOutputs {
     /// What the serial port prints.
-    pub serial: Box<dyn Fn(&[u8]) + Send + Sync>,
+    pub serial: ConsoleOutput,
     /// What the virtio console prints.
-    pub virtio: Box<dyn Fn(&[u8]) + Send + Sync>,
+    pub virtio: ConsoleOutput,
     /// The machine was reset.
     pub rebooted: Box<dyn Fn() + Send>,
     /// The run is over. Called once.
@@ -225,8 +225,8 @@ impl MachineControl for Requests {
 struct Driver {
     config: Config,
     shared: Arc<Shared>,
-    serial: Arc<dyn Fn(&[u8]) + Send + Sync>,
-    virtio: Arc<dyn Fn(&[u8]) + Send + Sync>,
+    serial: Sink,
+    virtio: Sink,
     rebooted: Box<dyn Fn() + Send>,
     incarnation: u64,
 }

@@ -27,7 +27,7 @@ mod machine;
 mod models;
 mod vcpu_thread;
 
-pub use console::ConsoleId;
+pub use console::{ConsoleId, ConsoleOutput};
 pub use driver::{RunEnd, Vm, VmHandle, VmOutputs};
 pub use error::VmError;
 pub use models::{ModelInfo, cpu_models};

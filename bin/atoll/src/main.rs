@@ -30,7 +30,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Verb {
     /// Run a virtual machine in this terminal
-    Run(commands::run::Args),
+    Run(Box<commands::run::Args>),
     /// List the CPU models and whether this host can give them
     Cpus(commands::cpus::Args),
 }
@@ -42,7 +42,7 @@ fn main() -> std::process::ExitCode {
     };
     init_logging();
     let result = match cli.verb {
-        Verb::Run(args) => commands::run::run(args),
+        Verb::Run(args) => commands::run::run(*args),
         Verb::Cpus(args) => commands::cpus::run(&args),
     };
     match result {

@@ -1,6 +1,6 @@
 //! The chipset of `atoll-1` on its buses.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use atoll_chipset::acpi_pm::AcpiPm;
 use atoll_chipset::debug_exit::{self, DebugExit};
@@ -16,6 +16,7 @@ use atoll_chipset::rtc::{Rtc, RtcConfig};
 use atoll_chipset::uart::{SerialBackend, Uart};
 use atoll_firmware::layout;
 use atoll_machine::bus::PortDevice;
+use atoll_machine::interrupt::{ExtIntSink, Msi, MsiSink};
 use atoll_machine::state::StateSection;
 use atoll_pci::{ConfigPorts, PciRoot};
 
@@ -35,6 +36,31 @@ impl Controllers {
         let (pic, ioapic) = (Pic::new(), IoApic::new());
         let gsi = Gsi::new(pic.clone(), ioapic.clone());
         Self { pic, ioapic, gsi }
+    }
+
+    /// Leads the controllers' outputs to the processors. The processors hold the controllers (interrupt
+    /// acknowledge, EOI), so these wires are weak: a machine must end when its last handle goes.
+    pub(super) fn connect_cpus(&self, extint: &Arc<dyn ExtIntSink>, msi: &Arc<dyn MsiSink>) {
+        self.pic.connect_cpu(Arc::new(WeakExtInt(Arc::downgrade(extint))));
+        self.ioapic.connect_cpu(Arc::new(WeakMsi(Arc::downgrade(msi))));
+    }
+}
+
+struct WeakExtInt(Weak<dyn ExtIntSink>);
+impl ExtIntSink for WeakExtInt {
+    fn set_extint(&self, high: bool) {
+        if let Some(sink) = self.0.upgrade() {
+            sink.set_extint(high);
+        }
+    }
+}
+
+struct WeakMsi(Weak<dyn MsiSink>);
+impl MsiSink for WeakMsi {
+    fn signal_msi(&self, msi: Msi) {
+        if let Some(sink) = self.0.upgrade() {
+            sink.signal_msi(msi);
+        }
     }
 }
 

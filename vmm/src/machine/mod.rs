@@ -134,8 +134,7 @@ where
             extint: Some(controllers.pic.clone()),
             eoi: Some(controllers.ioapic.clone()),
         })?;
-        controllers.pic.connect_cpu(partition.extint_sink());
-        controllers.ioapic.connect_cpu(partition.msi_sink());
+        controllers.connect_cpus(&partition.extint_sink(), &partition.msi_sink());
         let chipset = chipset::build(config, &common, &controllers, serial)?;
         let pci = pci::build(config, &common, &chipset, &controllers.gsi, partition.msi_sink(), virtio)?;
         let vcpus = start_vcpus(config, &partition, &common)?;
@@ -256,7 +255,42 @@ fn map_ram(memory: &AddressSpace, map: &AddressMap, ram: &Arc<RamBlock>) -> Resu
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
+    use atoll_api_types::{ByteSize, VmSpec};
+    use atoll_cpu_software::partition::SoftwareBackend;
+    use atoll_machine::control::{MachineControl, MachineRequest};
+
     use super::*;
+
+    struct Ignore;
+    impl MachineControl for Ignore {
+        fn request(&self, _request: MachineRequest) {}
+    }
+
+    /// A guest that resets its machine in a loop must not make the host keep the machines that were.
+    #[test]
+    fn nothing_of_a_machine_outlives_it() {
+        let mut kernel = tempfile::NamedTempFile::new().unwrap();
+        kernel.write_all(&atoll_scenarios::payload::kernel(&atoll_scenarios::payload::halt())).unwrap();
+        let mut spec = VmSpec::named("t");
+        spec.boot.kernel = Some(kernel.path().to_owned());
+        spec.memory = ByteSize(16 << 20);
+        spec.cpus.cores = 2;
+        let config = Config::from_spec(&spec).unwrap();
+        let machine =
+            Machine::build(&config, &SoftwareBackend, Arc::new(Ignore), Arc::new(|_| {}), Arc::new(|_| {}))
+                .unwrap();
+        machine.load(&config).unwrap();
+        machine.resume();
+        let (memory, serial, virtio) = (
+            Arc::downgrade(&machine.memory),
+            Arc::downgrade(&machine.serial),
+            Arc::downgrade(&machine.virtio[0]),
+        );
+        drop(machine);
+        assert_eq!((memory.strong_count(), serial.strong_count(), virtio.strong_count()), (0, 0, 0));
+    }
 
     /// The tables are built without naming a device, and the devices without naming the tables.
     #[test]
