@@ -92,6 +92,11 @@ pub const KNOWN: &[Deviation] = &[
         manual: "SDM vol. 2, JMP, CALL, RET: #GP(0) of the branch; vol. 1, 3.3.7.1: #SS for stack references",
     },
     Deviation {
+        cases: &["lldt present with a non-canonical base"],
+        what: "LLDT takes any base",
+        manual: "APM vol. 3, LLDT: #GP(selector) if the descriptor's base is not canonical",
+    },
+    Deviation {
         cases: &["general detect"],
         what: "DR7.GD is ignored",
         manual: "SDM vol. 3, 18.2.4: #DB before the MOV, DR6.BD set",

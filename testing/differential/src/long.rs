@@ -83,6 +83,18 @@ fn segments(s: &mut Suite) -> anyhow::Result<()> {
             a.sete(dh)
         })?;
     }
+    // Presence comes before the base, here a non-canonical one. The reference loads such a base into TR and
+    // is lost.
+    for (name, kind) in [("ltr", 0x09), ("lldt", 0x02), ("lldt present", 0x82)] {
+        s.add(format!("{name} with a non-canonical base"), &|a| {
+            let descriptor = GDT + u64::from(sel::FREE);
+            a.mov(dword_ptr(descriptor), 0x67)?;
+            a.mov(dword_ptr(descriptor + 4), kind << 8)?;
+            a.mov(dword_ptr(descriptor + 8), 0xffff)?;
+            a.mov(eax, i32::from(sel::FREE))?;
+            if name.starts_with("ltr") { a.ltr(ax) } else { a.lldt(ax) }
+        })?;
+    }
     Ok(())
 }
 

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use crate::case::{Suite, Width};
-use crate::layout::sel;
+use crate::layout::{CASE_LEN, CASES, sel};
 use crate::{monitor32, monitor64};
 
 const NAMES: [&str; 32] = [
@@ -27,9 +27,10 @@ pub fn lines(suite: &Suite, serial: &str) -> Vec<String> {
     suite
         .names()
         .zip(parsed)
-        .map(|(name, words)| match suite.width {
-            Width::Protected => protected(name, &words),
-            Width::Long => long(name, &words),
+        .enumerate()
+        .map(|(index, (name, words))| match suite.width {
+            Width::Protected => protected(name, index, &words),
+            Width::Long => long(name, index, &words),
         })
         .collect()
 }
@@ -57,17 +58,26 @@ fn event(line: &mut String, vector: u64, code: u64, cr2: u64) {
     }
 }
 
+/// An instruction's address: counted from its case's start if it is in its entry code, so that the text stays the
+/// same when cases are added before it.
+fn place(address: u64, index: usize) -> String {
+    match address.checked_sub(CASES + CASE_LEN * index as u64) {
+        Some(offset) if offset < CASE_LEN => format!("case+{offset:x}"),
+        _ => format!("{address:x}"),
+    }
+}
+
 fn differing(line: &mut String, name: &str, value: u64, usual: u64) {
     if value != usual {
         _ = write!(line, " {name}={value:x}");
     }
 }
 
-fn protected(name: &str, w: &[u64]) -> String {
+fn protected(name: &str, index: usize, w: &[u64]) -> String {
     let mut line = format!("{name}: ");
     event(&mut line, w[8], w[9], w[24]);
     let (eip, cs, flags) = (w[10], w[11] & 0xffff, w[12]);
-    _ = write!(line, " {cs:x}:{eip:x} fl={flags:x}");
+    _ = write!(line, " {cs:x}:{} fl={flags:x}", place(eip, index));
     let virtual_8086 = flags & VM != 0;
     if w[8] == 8 {
         // The task switch replaced the registers.
@@ -97,11 +107,11 @@ fn protected(name: &str, w: &[u64]) -> String {
     line
 }
 
-fn long(name: &str, halves: &[u64]) -> String {
+fn long(name: &str, index: usize, halves: &[u64]) -> String {
     let w: Vec<u64> = halves.chunks(2).map(|pair| pair[0] | pair[1] << 32).collect();
     let mut line = format!("{name}: ");
     event(&mut line, w[16], w[17], w[23]);
-    _ = write!(line, " {:x}:{:x} fl={:x} ss:sp={:x}:{:x}", w[19], w[18], w[20], w[22], w[21]);
+    _ = write!(line, " {:x}:{} fl={:x} ss:sp={:x}:{:x}", w[19], place(w[18], index), w[20], w[22], w[21]);
     let registers = [
         "ax", "cx", "dx", "bx", "sp", "bp", "si", "di", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
     ];
