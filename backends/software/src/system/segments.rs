@@ -144,10 +144,10 @@ pub(crate) fn check_ldt(
     if d.non_system() || d.kind() != kind::LDT {
         return Err(fault(selector));
     }
-    let base = system_base(cpu, io, selector, &d)?;
     if !d.present() {
         return Err(absent(selector));
     }
+    let base = system_base(cpu, io, selector, &d)?;
     Ok(Segment { base, ..d.segment(selector) })
 }
 
@@ -176,10 +176,10 @@ fn load_task_register(cpu: &mut Cpu, io: &dyn CpuIo, selector: u16) -> Outcome {
     if d.non_system() || !available {
         return Err(gp(selector));
     }
-    let base = system_base(cpu, io, selector, &d)?;
     if !d.present() {
         return Err(np(selector));
     }
+    let base = system_base(cpu, io, selector, &d)?;
     set_type_bits(cpu, io, d.address, kind::BUSY as u8, 0)?;
     let mut segment = Segment { base, ..d.segment(selector) };
     segment.attributes |= kind::BUSY;
