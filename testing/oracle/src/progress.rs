@@ -15,7 +15,8 @@ use crate::explain::REASONS;
 pub const MAX_JOBS: usize = 64;
 
 /// Why a case was not compared.
-pub const SKIPPED: [&str; 5] = ["endless", "single-stepped", "not comparable", "stopped", "did not recur"];
+pub const SKIPPED: [&str; 6] =
+    ["endless", "single-stepped", "not comparable", "stopped", "did not recur", "in the oracle's own memory"];
 
 /// Counters. All zero to begin with.
 #[repr(C)]

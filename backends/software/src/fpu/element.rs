@@ -95,7 +95,8 @@ pub(super) fn mask_move(cpu: &mut Cpu, io: &dyn CpuIo, instruction: &Instruction
     let mask = cpu.xsave.ymm(instruction.op1_register().number());
     let selected = |i: usize| mask[(i + 1) * element - 1] & 0x80 != 0;
     let address = |cpu: &Cpu, i: usize, access| {
-        // One operand: it does not wrap where 16- and 32-bit addresses do, so an element can pass the limit or 4 GiB.
+        // One operand: it does not wrap where 16- and 32-bit addresses do, so an element can pass the limit or
+        // 4 GiB.
         let offset = base.wrapping_add((i * element) as u64);
         cpu.linear(segment, offset, element as u64, access)
     };
