@@ -195,7 +195,9 @@ fn terminal_session(lane: &Lane) -> Result<()> {
     window_size_becomes(&mut machine, "31 103")?;
     machine.resize(91, 43)?;
     window_size_becomes(&mut machine, "43 91")?;
-    machine.type_line("sleep 1000")?;
+    // Typed before the shell has let go of the line, Ctrl-C would only clear the line.
+    machine.type_line("echo run\"\"ning; sleep 1000")?;
+    machine.expect("running", SHORT)?;
     machine.type_bytes(b"\x03")?;
     machine.expect(PROMPT, SHORT).context("after Ctrl-C")?;
     machine.type_line("reboot")?;
