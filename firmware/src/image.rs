@@ -89,6 +89,14 @@ impl<'a> Placement<'a> {
         self.keep("the boot information", Range { start: layout::BOOT_GDT, end })
     }
 
+    /// Keeps free what a kernel without page tables and `boot_params` is given: descriptor table, information and
+    /// command line. Such a kernel brings its own stack and may lie right behind the information.
+    pub(crate) fn keep_small_boot_area(&mut self) -> Result<(), LoadError> {
+        let cmdline = Range::sized(layout::BOOT_CMDLINE, layout::BOOT_CMDLINE_MAX).unwrap_or_default();
+        self.keep("the boot information", Range { start: layout::BOOT_GDT, end: layout::BOOT_PARAMS })?;
+        self.keep("the command line", cmdline)
+    }
+
     fn taken(&self) -> impl Iterator<Item = (&'static str, Range)> + '_ {
         self.segments.iter().map(|s| (s.what, s.range())).chain(self.kept.iter().copied())
     }

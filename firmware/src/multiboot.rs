@@ -99,7 +99,7 @@ pub(crate) fn load<'a>(
     request: &Request<'a, '_>,
 ) -> Result<LoadedKernel<'a>, LoadError> {
     let mut placement = Placement::new(request.params);
-    placement.keep_boot_area()?;
+    placement.keep_small_boot_area()?;
     let entry = match (header.addresses, elf) {
         (Some(addresses), _) => {
             placement.add(flat_segment(kernel, header.offset, addresses)?)?;

@@ -309,6 +309,17 @@ fn a_multiboot_image_with_load_addresses_needs_no_elf() {
 }
 
 #[test]
+fn a_multiboot_kernel_may_lie_in_low_memory_but_not_over_its_information() {
+    let header = multiboot_header(0, None);
+    let low = elf32(0x8000, &[images::load(0x8000, &header)]);
+    assert!(load_in(16 * MIB, &low, None, "").is_ok());
+    for address in [0x5000, 0x2_0000] {
+        let over = elf32(address, &[images::load(u64::from(address), &header)]);
+        assert!(matches!(load_in(16 * MIB, &over, None, ""), Err(LoadError::Overlap { .. })), "{address:#x}");
+    }
+}
+
+#[test]
 fn multiboot_features_that_nobody_knows_are_refused() {
     let header = multiboot_header(1 << 5, None);
     let kernel = elf32(MIB as u32, &[images::load(MIB, &header)]);
