@@ -12,14 +12,16 @@
 //! [`CpuIo`] that the caller passes. A backend ability that not every backend has is a value
 //! (`Option<&dyn …>`), never a method that panics.
 
+use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::cpu::model::CpuModel;
+use crate::cpu::model::{BackendFeatures, CpuModel};
 use crate::cpu::state::CpuState;
 use crate::cpu::topology::Topology;
 use crate::inputs::InputGate;
-use crate::interrupt::{EoiSink, ExtIntSink, ExtIntSource, MsiSink};
+use crate::interrupt::{EoiSink, ExtIntSink, ExtIntSource, Msi, MsiSink};
 use crate::memory::AddressSpace;
 use crate::time::Clock;
 
@@ -145,6 +147,10 @@ pub trait Backend {
     type Partition: Partition;
     /// Short name: `software` or `kvm`.
     fn name(&self) -> &'static str;
+    /// What it can give a guest here.
+    fn features(&self) -> BackendFeatures;
+    /// The TSC frequency of its guests in kHz, where it can give no other; `None` where it can give any.
+    fn fixed_tsc_khz(&self) -> Option<u32>;
     /// Makes an empty partition.
     fn create_partition(&self, config: PartitionConfig) -> Result<Arc<Self::Partition>, BackendError>;
 }
@@ -166,6 +172,38 @@ pub trait Partition: Send + Sync + 'static {
     fn kick(&self, index: u32);
     /// Counting of instructions, where the backend can.
     fn counting(&self) -> Option<&dyn Counting>;
+    /// Events that pass between guest and device threads without a return from [`Vcpu::run`], where the backend
+    /// can.
+    fn event_routes(&self) -> Option<Arc<dyn EventRoutes>>;
+}
+
+/// A guest write that means no more than "look at your queue".
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Doorbell {
+    /// Guest-physical address.
+    pub address: u64,
+    /// Width of the write in bytes: 1, 2, 4 or 8; 0 for any width (then `value` must be `None`).
+    pub width: u8,
+    /// Only writes of this value; `None` for any.
+    pub value: Option<u64>,
+}
+
+/// Eventfds that the host's kernel connects with a guest: both ends work without a thread of the machine, so other
+/// processes can hold them. Binding fails with the host's error, and everything then goes through [`CpuIo`] and
+/// [`MsiSink`] as before.
+pub trait EventRoutes: Send + Sync {
+    /// From now on a guest write to `doorbell` signals `event` instead of calling [`CpuIo::mmio_write`].
+    fn bind_doorbell(&self, doorbell: Doorbell, event: BorrowedFd<'_>) -> io::Result<()>;
+    /// Undoes [`EventRoutes::bind_doorbell`] with the same arguments.
+    fn unbind_doorbell(&self, doorbell: Doorbell, event: BorrowedFd<'_>) -> io::Result<()>;
+    /// From now on signalling `event` sends `msi`, until the binding is dropped.
+    fn bind_interrupt(&self, event: BorrowedFd<'_>, msi: Msi) -> io::Result<Box<dyn InterruptBinding>>;
+}
+
+/// A bound interrupt (see [`EventRoutes::bind_interrupt`]). Dropping it unbinds.
+pub trait InterruptBinding: Send + Sync {
+    /// Changes the message; `None` masks: signals are then lost.
+    fn set_message(&self, msi: Option<Msi>) -> io::Result<()>;
 }
 
 /// Exact instruction counts: what record and replay, and lock-step tests, rest on.

@@ -63,6 +63,12 @@ struct Board {
     hook: OnceLock<Hook>,
 }
 
+/// The default model, or what the backend can give of it.
+fn model<B: Backend>(backend: &B, tsc_khz: u32) -> CpuModel {
+    let resolve = |name| CpuModel::resolve_for(name, &HostCpu::detect(), &backend.features(), tsc_khz);
+    resolve(DEFAULT_MODEL).or_else(|_| resolve("host")).expect("a model")
+}
+
 /// The lock of a mutex whose holder may have failed its case.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|e| e.into_inner())
@@ -256,7 +262,7 @@ pub struct Machine<P: Partition> {
 impl<P: Partition> Machine<P> {
     /// A machine with `cpus` vCPUs in real time.
     pub fn new<B: Backend<Partition = P>>(backend: &B, cpus: u32) -> Self {
-        let khz = HostClock::nominal_tsc_khz(&HostCpu::detect());
+        let khz = backend.fixed_tsc_khz().unwrap_or_else(|| HostClock::nominal_tsc_khz(&HostCpu::detect()));
         Self::with_clock(backend, cpus, HostClock::started(khz))
     }
 
@@ -267,7 +273,7 @@ impl<P: Partition> Machine<P> {
         let rom = RamBlock::new_shared("conformance-rom", ROM_SIZE).expect("ROM");
         memory.map_ram(0, &ram, 0, RAM_SIZE, 0).expect("mapping RAM");
         memory.map_rom(ROM, &rom, 0, ROM_SIZE, 0).expect("mapping ROM");
-        let model = CpuModel::resolve(DEFAULT_MODEL, &HostCpu::detect(), clock.tsc_khz()).expect("the model");
+        let model = model(backend, clock.tsc_khz());
         let (model, topology) = (Arc::new(model), Topology::flat(cpus));
         let (pic, eoi) = (Arc::new(OneLinePic::default()), Arc::new(EoiLog::default()));
         let config = PartitionConfig {

@@ -7,8 +7,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 
-use atoll_machine::backend::{Backend, BackendError, Counting, Partition, PartitionConfig};
-use atoll_machine::cpu::model::CpuModel;
+use atoll_machine::backend::{Backend, BackendError, Counting, EventRoutes, Partition, PartitionConfig};
+use atoll_machine::cpu::model::{BackendFeatures, CpuModel};
 use atoll_machine::cpu::topology::{MAX_CPUS, Topology};
 use atoll_machine::inputs::InputGate;
 use atoll_machine::interrupt::{EoiSink, ExtIntSink, ExtIntSource, Msi, MsiSink};
@@ -95,6 +95,14 @@ impl Backend for SoftwareBackend {
         "software"
     }
 
+    fn features(&self) -> BackendFeatures {
+        BackendFeatures::software()
+    }
+
+    fn fixed_tsc_khz(&self) -> Option<u32> {
+        None
+    }
+
     fn create_partition(&self, config: PartitionConfig) -> Result<Arc<SoftwarePartition>, BackendError> {
         let cpus = config.topology.cpus();
         if cpus == 0 || cpus > MAX_CPUS {
@@ -161,6 +169,10 @@ impl Partition for SoftwarePartition {
 
     fn counting(&self) -> Option<&dyn Counting> {
         Some(self)
+    }
+
+    fn event_routes(&self) -> Option<Arc<dyn EventRoutes>> {
+        None
     }
 }
 

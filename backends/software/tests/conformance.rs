@@ -6,9 +6,10 @@ use atoll_backend_conformance::{run_all, run_matching};
 use atoll_cpu_software::partition::{SoftwareBackend, SoftwarePartition};
 use atoll_cpu_software::vcpu::SoftwareVcpu;
 use atoll_machine::backend::{
-    Backend, BackendError, Counting, CpuIo, HaltReason, Partition, PartitionConfig, RunError, StateError,
-    StopFlag, Vcpu,
+    Backend, BackendError, Counting, CpuIo, EventRoutes, HaltReason, Partition, PartitionConfig, RunError,
+    StateError, StopFlag, Vcpu,
 };
+use atoll_machine::cpu::model::BackendFeatures;
 use atoll_machine::cpu::state::CpuState;
 use atoll_machine::interrupt::{ExtIntSink, MsiSink};
 
@@ -50,6 +51,12 @@ impl Backend for Faulty {
     fn name(&self) -> &'static str {
         "faulty"
     }
+    fn features(&self) -> BackendFeatures {
+        SoftwareBackend.features()
+    }
+    fn fixed_tsc_khz(&self) -> Option<u32> {
+        None
+    }
     fn create_partition(&self, config: PartitionConfig) -> Result<Arc<FaultyPartition>, BackendError> {
         let inner = SoftwareBackend.create_partition(config)?;
         Ok(Arc::new(FaultyPartition { inner, fault: self.0 }))
@@ -75,6 +82,9 @@ impl Partition for FaultyPartition {
     }
     fn counting(&self) -> Option<&dyn Counting> {
         Some(self)
+    }
+    fn event_routes(&self) -> Option<Arc<dyn EventRoutes>> {
+        None
     }
 }
 

@@ -36,6 +36,7 @@ const HOUSE: &[Place] = &[
     place("atoll-storage", "storage", 2, &[]),
     // Siblings never see each other; the conformance suite is what each of them runs in its tests.
     place("atoll-cpu-software", "backends/software", 2, &["atoll-backend-conformance"]),
+    place("atoll-kvm", "backends/kvm", 2, &["atoll-backend-conformance"]),
     place("atoll-differential", "testing/differential", 3, &[]),
     place("atoll-oracle", "testing/oracle", 3, &[]),
     place("atoll-pci", "devices/pci", 3, &[]),
@@ -50,7 +51,7 @@ const HOUSE: &[Place] = &[
 ];
 
 /// Pairs that must stay apart although their layers would allow it.
-const APART: [(&str, &str); 6] = [
+const APART: [(&str, &str); 9] = [
     ("atoll-storage", "atoll-guests"),
     ("atoll-machine", "atoll-guests"),
     ("atoll-api-types", "atoll-guests"),
@@ -58,6 +59,9 @@ const APART: [(&str, &str); 6] = [
     ("atoll-pci", "atoll-cpu-software"),
     ("atoll-chipset", "atoll-cpu-software"),
     ("atoll-virtio", "atoll-cpu-software"),
+    ("atoll-pci", "atoll-kvm"),
+    ("atoll-chipset", "atoll-kvm"),
+    ("atoll-virtio", "atoll-kvm"),
 ];
 
 pub(super) fn check(tree: &Tree) -> Vec<Violation> {

@@ -21,6 +21,8 @@ const OPT_IN: &[&str] = &[
     "backends/software/src/host/",
     "backends/software/src/fpu/tests.rs",
     "backends/software/src/fpu/tests/",
+    // The KVM backend.
+    "backends/kvm/src/",
     // The host-processor test oracle.
     "testing/oracle/src/guest.rs",
     "testing/oracle/src/native.rs",
