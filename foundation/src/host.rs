@@ -1,4 +1,9 @@
 //! What the host has and what this process uses of it.
+//!
+//! [`kvm`] and [`processor`] are what a choice among accelerators is made from.
+
+pub mod kvm;
+pub mod processor;
 
 use std::io;
 use std::path::PathBuf;

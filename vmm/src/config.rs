@@ -10,6 +10,7 @@ use atoll_machine::cpu::topology::{MAX_CPUS, Topology};
 use atoll_machine::memory::RamBlock;
 use atoll_storage::{Disk, OpenOptions, RawDisk};
 
+use crate::accelerator::{self, BackendKind, Choice, HostFacts};
 use crate::error::VmError;
 use crate::{boot, machine, models};
 
@@ -36,6 +37,8 @@ pub(crate) struct DiskConfig {
 /// A machine that can be built.
 pub(crate) struct Config {
     pub(crate) name: String,
+    /// What executes the instructions, and why.
+    pub(crate) accelerator: Choice,
     pub(crate) model: Arc<atoll_machine::cpu::model::CpuModel>,
     pub(crate) topology: Topology,
     pub(crate) map: AddressMap,
@@ -57,7 +60,8 @@ impl Config {
     /// As [`Config::from_spec`], with `ready` disks after those that `spec` names.
     pub(crate) fn with_disks(spec: &VmSpec, ready: Vec<Arc<dyn Disk>>) -> Result<Self, VmError> {
         check_name(&spec.name)?;
-        check_accelerator(spec.accel)?;
+        let accelerator = accelerator::choose(spec.accel, &HostFacts::gather())?;
+        let accelerator = until_kvm_is_wired(spec.accel, accelerator)?; // REMOVE with the function, once it is
         let topology = topology(spec)?;
         let map = memory_map(spec.memory)?;
         let uuid = uuid_of(&spec.name);
@@ -77,6 +81,7 @@ impl Config {
             .map_err(|e| VmError::Memory(format!("cannot make {} of guest memory: {e}", spec.memory)))?;
         Ok(Self {
             name: spec.name.clone(),
+            accelerator,
             model: Arc::new(model),
             topology,
             map,
@@ -94,10 +99,11 @@ impl Config {
     pub(crate) fn summary(&self) -> String {
         let cpus = self.topology.cpus();
         format!(
-            "machine {}: {cpus} CPU{} ({}, software), {} of memory, {} disk{}",
+            "machine {}: {cpus} CPU{} ({}, {}), {} of memory, {} disk{}",
             self.name,
             if cpus == 1 { "" } else { "s" },
             self.model.name,
+            self.accelerator.backend.name(),
             ByteSize(self.map.memory()),
             self.disks.len(),
             if self.disks.len() == 1 { "" } else { "s" },
@@ -112,12 +118,18 @@ fn check_name(name: &str) -> Result<(), VmError> {
     if fits { Ok(()) } else { Err(VmError::Name(name.to_owned())) }
 }
 
-fn check_accelerator(accel: Accelerator) -> Result<(), VmError> {
-    match accel {
-        Accelerator::Auto | Accelerator::Software => Ok(()),
-        Accelerator::Kvm => Err(VmError::Accelerator(
+/// REMOVE once a machine can be built on KVM: until then `auto` falls back, and `kvm` is refused.
+fn until_kvm_is_wired(asked: Accelerator, choice: Choice) -> Result<Choice, VmError> {
+    match (choice.backend, asked) {
+        (BackendKind::Kvm, Accelerator::Kvm) => Err(VmError::Accelerator(
             "--accel kvm: this version has no KVM backend yet; use --accel auto or software".to_owned(),
         )),
+        (BackendKind::Kvm, _) => Ok(Choice {
+            backend: BackendKind::Software,
+            why: "this version has no KVM backend yet".to_owned(),
+            warning: None,
+        }),
+        _ => Ok(choice),
     }
 }
 

@@ -22,6 +22,7 @@ use atoll_cpu_software::partition::SoftwareBackend;
 use atoll_machine::control::{MachineControl, MachineRequest};
 use atoll_storage::Disk;
 
+use crate::accelerator::Choice;
 use crate::config::Config;
 use crate::console::{ConsoleId, ConsoleOutput};
 use crate::error::VmError;
@@ -118,6 +119,11 @@ impl Vm {
     /// The machine in one line.
     pub fn summary(&self) -> String {
         self.config.summary()
+    }
+
+    /// What executes the machine's instructions, and why.
+    pub fn accelerator(&self) -> &Choice {
+        &self.config.accelerator
     }
 
     /// Builds the machine and lets it run on threads of its own.

@@ -16,6 +16,7 @@
 
 #![forbid(unsafe_code)]
 
+mod accelerator;
 mod boot;
 mod config;
 mod console;
@@ -27,6 +28,7 @@ mod machine;
 mod models;
 mod vcpu_thread;
 
+pub use accelerator::{BackendKind, Choice, HostFacts, choose};
 pub use console::{ConsoleId, ConsoleOutput};
 pub use driver::{RunEnd, Vm, VmHandle, VmOutputs};
 pub use error::VmError;

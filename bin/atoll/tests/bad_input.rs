@@ -211,7 +211,38 @@ fn sizes_counts_names_and_models_that_cannot_be_are_refused() {
     for name in ["", "a/b", ".hidden", "ü"] {
         table.refused(&["--name", name], &["name"]);
     }
-    table.refused(&["--accel", "kvm"], &["--accel"]);
+}
+
+#[test]
+fn kvm_that_this_user_may_not_have_is_refused_with_what_to_do() {
+    let table = Table::new();
+    fs::set_permissions(table.directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let readable = table.kernel.display().to_string();
+    let words = ["--kernel", &readable, "--accel", "kvm"];
+    if fs::metadata("/dev/kvm").is_ok_and(|m| m.permissions().mode() & 0o006 == 0o006) {
+        println!("skipped: everybody may open this host's /dev/kvm");
+        return;
+    }
+    check(&unprivileged(&table, &words), &words, &["--accel kvm", "/dev/kvm", "--accel software"]);
+}
+
+#[test]
+fn a_run_says_which_accelerator_it_got_and_why_unless_told_to_be_quiet() {
+    let table = Table::new();
+    let said = |words: &[&str]| {
+        let mut command = Command::new(ATOLL);
+        command.args(["run", "--debug-exit"]).args(words).arg("--kernel").arg(&table.kernel);
+        let output = command.stdin(Stdio::null()).output().unwrap();
+        assert_eq!(output.status.code(), Some(33), "{words:?}");
+        String::from_utf8(output.stderr).unwrap()
+    };
+    assert_eq!(said(&["--accel", "software"]), "atoll: software CPU: asked for\n");
+    let auto = said(&[]);
+    assert!(auto.starts_with("atoll: software CPU: ") || auto.starts_with("atoll: KVM: "), "{auto}");
+    assert_eq!(auto.lines().count(), 1, "{auto}");
+    assert_eq!(said(&["--quiet"]), "");
+    let json: serde_json::Value = serde_json::from_str(&said(&["--json", "--accel", "software"])).unwrap();
+    assert_eq!(json["accelerator"]["name"], "software");
 }
 
 fn host_memory_mib() -> u64 {

@@ -8,7 +8,7 @@ use atoll_api_types::{Accelerator, BootSpec, ByteSize, CpuTopology, DiskSpec, On
 use atoll_foundation::signals::{Signal, Signals};
 use atoll_foundation::terminal;
 use atoll_foundation::{EventLoop, Interest};
-use atoll_vmm::{ConsoleId, RunEnd, Vm, VmHandle, VmOutputs};
+use atoll_vmm::{Choice, ConsoleId, RunEnd, Vm, VmHandle, VmOutputs};
 
 use crate::VerbResult;
 use crate::commands::quick_start;
@@ -77,6 +77,9 @@ pub(crate) struct Args {
     /// Print how the run ended as one line of JSON on standard error
     #[arg(long, help_heading = "Lifecycle")]
     json: bool,
+    /// Say nothing about the machine at its start
+    #[arg(long, short, help_heading = "Lifecycle")]
+    quiet: bool,
 }
 
 #[derive(Clone, Copy, clap::ValueEnum)]
@@ -134,16 +137,16 @@ enum Event {
 }
 
 pub(crate) fn run(args: Args) -> VerbResult {
-    let json = args.json;
+    let (json, quiet) = (args.json, args.quiet);
     // Everything that can be wrong with the input is found here, before a thread or a file is made.
     let vm = Vm::prepare(&args.into_spec()?)?;
-    let summary = vm.summary();
+    let (summary, accelerator) = (vm.summary(), vm.accelerator().clone());
     let signals =
         Signals::block(&[Signal::Interrupt, Signal::Terminate, Signal::HangUp, Signal::WindowChange])?;
     let console = Console::new()?;
     let raw = console.raw_mode()?;
-    if raw.is_some() {
-        eprint!("atoll: {summary}; Ctrl-A x ends it, Ctrl-A h helps\r\n");
+    if !quiet {
+        introduce(&summary, &accelerator, raw.is_some(), json);
     }
     let (events, ended) = mpsc::channel();
     let handle = vm.start(VmOutputs {
@@ -175,7 +178,22 @@ pub(crate) fn run(args: Args) -> VerbResult {
     };
     console.finish();
     drop(raw);
-    report(&end, json)
+    report(&end, &accelerator, json)
+}
+
+/// What the user should know at the start: to people at a terminal the machine, to everybody its accelerator. JSON
+/// has the accelerator in its one line at the end.
+fn introduce(summary: &str, accelerator: &Choice, terminal: bool, json: bool) {
+    let end = if terminal { "\r\n" } else { "\n" };
+    if terminal {
+        eprint!("atoll: {summary}; Ctrl-A x ends it, Ctrl-A h helps{end}");
+    }
+    if !json {
+        eprint!("atoll: {accelerator}{end}");
+        if let Some(warning) = &accelerator.warning {
+            eprint!("atoll: warning: {warning}{end}");
+        }
+    }
 }
 
 /// The guest's virtio console has the size of our terminal.
@@ -220,10 +238,14 @@ fn watch_signals(signals: Signals, handle: VmHandle, events: mpsc::Sender<Event>
 }
 
 /// Says how the run ended and gives the exit code.
-fn report(end: &RunEnd, json: bool) -> VerbResult {
+fn report(end: &RunEnd, accelerator: &Choice, json: bool) -> VerbResult {
     if json {
-        let line =
-            serde_json::json!({ "end": end.name(), "detail": end.detail(), "exit_code": end.exit_code() });
+        let line = serde_json::json!({
+            "end": end.name(),
+            "detail": end.detail(),
+            "exit_code": end.exit_code(),
+            "accelerator": { "name": accelerator.backend.name(), "why": accelerator.why },
+        });
         eprintln!("{line}");
     } else if let Some(detail) = end.detail() {
         eprintln!("atoll: {detail}");
