@@ -10,9 +10,13 @@
 //! ```
 //!
 //! A vCPU that sees the new generation is certain to load a view at least that new.
+//!
+//! Who has to mirror the space somewhere else (a hypervisor's memory slots) is a [`ViewListener`]: it is told of
+//! every change inside the change, after the publication. Until it is done a vCPU may still reach through the
+//! mirror what the space does not show any more; when the change returns, no more.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use arc_swap::ArcSwap;
 
@@ -47,6 +51,14 @@ struct Regions {
     /// Sorted: highest priority first, of equal ones the newest first.
     list: Vec<Region>,
     next_id: u64,
+    listeners: Vec<Weak<dyn ViewListener>>,
+}
+
+/// Told about every change of an [`AddressSpace`].
+pub trait ViewListener: Send + Sync {
+    /// The space showed `old` and shows `new` from now on. Called with the changes' lock held, one change after the
+    /// other: it may look at the space but not change it.
+    fn view_changed(&self, old: &FlatView, new: &FlatView);
 }
 
 /// The guest-physical address space of a machine. See the module's documentation.
@@ -86,11 +98,21 @@ impl AddressSpace {
         let result = changes(&mut transaction);
         if transaction.changed {
             let generation = self.generation.load(Ordering::Relaxed) + 1;
-            let view = FlatView::new(regions.flatten(), generation);
-            self.view.store(Arc::new(view));
+            let view = Arc::new(FlatView::new(regions.flatten(), generation));
+            let old = self.view.swap(view.clone());
             self.generation.store(generation, Ordering::SeqCst);
+            regions.tell(&old, &view);
         }
         result
+    }
+
+    /// Has `listener` told about every change, as long as it lives. Its first call comes before this returns: from
+    /// an empty view to the present one.
+    pub fn add_listener(&self, listener: &Arc<dyn ViewListener>) {
+        let mut regions = self.lock();
+        regions.listeners.retain(|l| l.strong_count() > 0);
+        regions.listeners.push(Arc::downgrade(listener));
+        listener.view_changed(&FlatView::default(), &self.view.load());
     }
 
     /// Shows `len` bytes of `block` from `offset` as RAM at `gpa`, all multiples of 4 KiB.
@@ -410,6 +432,10 @@ impl Region {
 }
 
 impl Regions {
+    fn tell(&self, old: &FlatView, new: &FlatView) {
+        self.listeners.iter().filter_map(Weak::upgrade).for_each(|l| l.view_changed(old, new));
+    }
+
     /// What the regions add up to, with neighbours that continue each other joined.
     fn flatten(&self) -> Vec<FlatRange> {
         let mut joined: Vec<FlatRange> = Vec::new();

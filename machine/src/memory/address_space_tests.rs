@@ -274,3 +274,51 @@ proptest! {
         }
     }
 }
+
+/// Keeps every change it is told of.
+#[derive(Default)]
+struct Listener(Mutex<Vec<(u64, u64, usize)>>);
+
+impl ViewListener for Listener {
+    fn view_changed(&self, old: &FlatView, new: &FlatView) {
+        let change = (old.generation(), new.generation(), new.ranges().len());
+        self.0.lock().unwrap().push(change);
+    }
+}
+
+#[test]
+fn listeners_are_told_of_every_change_once_it_is_published_and_of_no_other() {
+    let space = AddressSpace::new();
+    let block = ram("ram", 4);
+    let first = space.map_ram(0, &block, 0, P, 0).unwrap();
+    let (kept, dropped) = (Arc::new(Listener::default()), Arc::new(Listener::default()));
+    let listener: Arc<dyn ViewListener> = kept.clone();
+    space.add_listener(&listener);
+    space.add_listener(&(dropped.clone() as Arc<dyn ViewListener>));
+    assert_eq!(*kept.0.lock().unwrap(), [(0, 1, 1)], "begins with what is there");
+    drop(dropped);
+    space.transaction(|t| {
+        t.map_ram(2 * P, &block, P, P, 0).unwrap();
+        t.unmap(first)
+    });
+    space.set_enabled(first, false);
+    space.map_mmio(P, P, Probe::new(0), 0).unwrap();
+    assert_eq!(*kept.0.lock().unwrap(), [(0, 1, 1), (1, 2, 1), (2, 3, 2)]);
+}
+
+/// A hypervisor's guest whose page is not mapped yet comes out as an MMIO access: RAM must answer that too.
+#[test]
+fn ram_answers_processor_accesses_across_pages_and_notes_them() {
+    let space = AddressSpace::new();
+    let block = ram("ram", 2);
+    space.map_ram(0, &block, P, P, 0).unwrap();
+    space.map_ram(P, &block, 0, P, 0).unwrap();
+    let mut log = block.dirty_log();
+    space.mmio_write(P - 4, &[1, 2, 3, 4, 5, 6, 7, 8]);
+    let mut data = [0; 8];
+    space.mmio_read(P - 4, &mut data);
+    assert_eq!(data, [1, 2, 3, 4, 5, 6, 7, 8]);
+    block.read(2 * P - 4, &mut data[..4]).unwrap();
+    assert_eq!(data[..4], [1, 2, 3, 4]);
+    assert_eq!(log.take().iter().collect::<Vec<_>>(), [0, 1]);
+}

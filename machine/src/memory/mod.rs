@@ -6,24 +6,29 @@
 //!   priorities, and publishes what they add up to as a [`FlatView`], read without a lock.
 //! * [`GuestMemory`] is the handle that devices hold. It implements vm-memory's traits, so `virtio_queue`
 //!   and the other rust-vmm crates work on it.
-//! * [`DirtyReader`] is one reader of one block's dirty log.
+//! * [`DirtyReader`] is one reader of one block's dirty log; a [`DirtySource`] is how a backend feeds the logs with
+//!   stores that only the host's kernel sees.
+//! * [`ViewListener`] is how a backend that has to mirror the address space hears of changes.
 //!
 //! Neighbours: backends take an [`AddressSpace`] and compare [`AddressSpace::generation`] to know when to
 //! flush their TLBs; devices take a [`GuestMemory`].
 //!
-//! Lock order: the region lock of an [`AddressSpace`] is taken by changes only, never while a device is called.
+//! Lock order: the region lock of an [`AddressSpace`] is taken by changes only, never while a device is called. Then
+//! the listeners' own locks; then a block's list of dirty sources; then the sources' own locks.
 
 mod address_space;
 mod guest;
 mod mapping;
 mod ram;
+mod source;
 mod view;
 
-pub use address_space::{AddressSpace, RegionId, Transaction};
+pub use address_space::{AddressSpace, RegionId, Transaction, ViewListener};
 pub use guest::{GuestMemory, ToGpa};
 pub use ram::{
     DirtyPages, DirtyReader, MAX_BLOCK_SIZE, PAGE_DIRTY_WANTED, PAGE_HAS_CODE, PAGE_SIZE, PageNotes, RamBlock,
 };
+pub use source::DirtySource;
 pub use view::{FlatRange, FlatTarget, FlatView, RamRegion};
 
 /// End of the guest-physical address space: addresses have at most 52 bits (Intel SDM vol. 3, 4.1.4).

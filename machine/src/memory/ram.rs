@@ -37,9 +37,25 @@
 //! Because of 3, a page stored to *while* `take` runs may be reported by the next `take` only. The last `take`
 //! of a migration or snapshot therefore comes after every writer has stopped.
 //!
+//! # Stores that look at no flag
+//!
+//! A guest that runs on the processor itself notes nothing; a [`DirtySource`] of its backend finds its stores
+//! out. For those stores the list above has one more entry, which says nothing about the flag:
+//!
+//! 5. a source knows of the store, or watches p and will: its next `collect` sets R's bit.
+//!
+//! `take` begins with `collect`, whose reports ([`RamBlock::mark_stored`]) set the bits of *every* reader and
+//! leave the flags alone. They do so also where the flag is clear, that is where 3 or 4 holds already: a source
+//! may learn of a store before it is made (a write fault comes before the write), so another reader that is
+//! about to return p by 4 may read the page before the store and before the source watches the page again. Its
+//! bit then brings p back in its next `take`. Both kinds of store end in the same bits, so each reader sees
+//! their union. A source logs before the first reader is published, and until after the last one is gone; both
+//! are decided under one lock, so that two readers that come and go at once cannot leave it off.
+//!
 //! # Locks
 //!
-//! None on any path of a store. The list of readers is replaced, never changed in place.
+//! None on any path of a store. The list of readers is replaced, never changed in place. Making and dropping a
+//! reader takes the lock of [`super::source`].
 #![allow(unsafe_code)]
 // UNSAFETY: hands out volatile slices over the host mapping of guest memory.
 
@@ -56,6 +72,7 @@ use vm_memory::{Bytes, VolatileSlice};
 
 use super::MemoryError;
 use super::mapping::{Mapping, has_process_barrier, process_barrier};
+use super::source::{DirtySource, Sources};
 
 /// Bytes of a page: the unit of flags, code versions and dirty logs.
 pub const PAGE_SIZE: u64 = 4096;
@@ -81,6 +98,7 @@ pub struct RamBlock {
     flags: Mapping,
     versions: Mapping,
     readers: ArcSwap<Vec<Arc<LogBits>>>,
+    sources: Sources,
 }
 
 impl RamBlock {
@@ -111,7 +129,8 @@ impl RamBlock {
             tracing::warn!("the kernel has no membarrier: changes to guest code may be noticed late");
         }
         let readers = ArcSwap::from_pointee(Vec::new());
-        Ok(Arc::new(Self { name: name.to_owned(), size, memory, file, flags, versions, readers }))
+        let sources = Sources::default();
+        Ok(Arc::new(Self { name: name.to_owned(), size, memory, file, flags, versions, readers, sources }))
     }
 
     /// Name given at creation.
@@ -308,10 +327,12 @@ impl RamBlock {
     /// A new, independent reader of the pages that are stored to from now on.
     pub fn dirty_log(self: &Arc<Self>) -> DirtyReader {
         let bits = Arc::new(LogBits::new(self.pages()));
-        self.readers.rcu(|old| {
-            let mut new = (**old).clone();
-            new.push(bits.clone());
-            new
+        self.sources.reader_comes(self, || {
+            self.readers.rcu(|old| {
+                let mut new = (**old).clone();
+                new.push(bits.clone());
+                new
+            });
         });
         fence(Ordering::SeqCst);
         for flag in self.page_flags() {
@@ -319,6 +340,21 @@ impl RamBlock {
         }
         process_barrier();
         DirtyReader { block: self.clone(), bits }
+    }
+
+    /// Has `source` find out the stores of a guest that notes none itself, as long as the source lives.
+    pub fn add_dirty_source(self: &Arc<Self>, source: &Arc<dyn DirtySource>) {
+        self.sources.add(self, source);
+    }
+
+    /// Marks `pages` in every reader's log: the report of a [`DirtySource`]. Page numbers outside the block are
+    /// ignored.
+    pub fn mark_stored(&self, pages: impl IntoIterator<Item = u64>) {
+        fence(Ordering::SeqCst);
+        let readers = self.readers.load();
+        for page in pages {
+            readers.iter().for_each(|reader| reader.set(page));
+        }
     }
 }
 
@@ -357,6 +393,7 @@ impl DirtyReader {
     /// Read the pages' contents after this returns. A page that is being stored to meanwhile is in this result
     /// or in the next one; see the module's documentation.
     pub fn take(&mut self) -> DirtyPages {
+        self.block.sources.collect(&self.block);
         let words: Vec<u64> = self
             .bits
             .words
@@ -387,6 +424,7 @@ impl Drop for DirtyReader {
             let keep = old.iter().filter(|r| !Arc::ptr_eq(r, &self.bits));
             keep.cloned().collect::<Vec<_>>()
         });
+        self.block.sources.reader_goes(&self.block);
     }
 }
 
