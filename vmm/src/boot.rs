@@ -11,7 +11,7 @@ use atoll_machine::cpu::state::{CpuState, DescriptorTable, seg};
 use atoll_machine::cpu::topology::Topology;
 use atoll_machine::memory::AddressSpace;
 
-use crate::config::BootFiles;
+use crate::boot_files::{BootBytes, BootFiles};
 use crate::error::VmError;
 
 /// Written in pieces of this size where a segment ends in zeros.
@@ -61,7 +61,8 @@ pub(crate) fn load(
     memory: &AddressSpace,
 ) -> Result<EntryState, VmError> {
     let (acpi, smbios) = (tables.acpi()?, tables.smbios()?);
-    let kernel = parse(files, tables.map, &acpi)?;
+    let bytes = files.read()?;
+    let kernel = parse(files, &bytes, tables.map, &acpi)?;
     for segment in acpi.segments().chain(smbios) {
         write(&segment, memory)?;
     }
@@ -72,20 +73,25 @@ pub(crate) fn load(
 }
 
 /// Whether the files can be started on a machine with these tables, without touching its memory.
-pub(crate) fn check(files: &BootFiles, tables: &Tables<'_>) -> Result<(), VmError> {
-    parse(files, tables.map, &tables.acpi()?).map(drop)
+pub(crate) fn check(files: &BootFiles, bytes: &BootBytes, tables: &Tables<'_>) -> Result<(), VmError> {
+    parse(files, bytes, tables.map, &tables.acpi()?).map(drop)
 }
 
-fn parse<'a>(files: &'a BootFiles, map: &AddressMap, acpi: &AcpiImage) -> Result<LoadedKernel<'a>, VmError> {
-    let kernel_name = files.kernel_path.display().to_string();
+fn parse<'a>(
+    files: &BootFiles,
+    bytes: &'a BootBytes,
+    map: &AddressMap,
+    acpi: &AcpiImage,
+) -> Result<LoadedKernel<'a>, VmError> {
+    let kernel_name = files.kernel_path().display().to_string();
     let params = LoadParams {
         map,
         rsdp_address: acpi.rsdp_address,
         reserved: &acpi.regions,
         kernel_name: &kernel_name,
     };
-    atoll_firmware::load(&files.kernel, files.initrd.as_deref(), &files.append, &params)
-        .map_err(|source| VmError::Kernel { path: files.kernel_path.clone(), source })
+    atoll_firmware::load(&bytes.kernel, bytes.initrd.as_deref(), files.append(), &params)
+        .map_err(|source| VmError::Kernel { path: files.kernel_path().to_owned(), source })
 }
 
 fn write(segment: &Segment<'_>, memory: &AddressSpace) -> Result<(), VmError> {

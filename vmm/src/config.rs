@@ -1,7 +1,5 @@
 //! The machine as it will be built: the user's description, checked, with its files open.
 
-use std::io::Read;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use atoll_api_types::{Accelerator, ByteSize, OnCrash, VmSpec};
@@ -11,21 +9,9 @@ use atoll_machine::memory::RamBlock;
 use atoll_storage::{Disk, OpenOptions, RawDisk};
 
 use crate::accelerator::{self, BackendKind, Choice, HostFacts};
+use crate::boot_files::BootFiles;
 use crate::error::VmError;
 use crate::{boot, machine, models};
-
-/// Most bytes of a kernel file: larger than any distribution's, smaller than a mistaken disk image.
-const MAX_KERNEL: u64 = 512 << 20;
-/// Most bytes of an initial RAM disk.
-const MAX_INITRD: u64 = 4 << 30;
-
-/// What the boot loader puts into memory. Read once: a reboot starts the same kernel.
-pub(crate) struct BootFiles {
-    pub(crate) kernel_path: PathBuf,
-    pub(crate) kernel: Vec<u8>,
-    pub(crate) initrd: Option<Vec<u8>>,
-    pub(crate) append: String,
-}
 
 /// One disk, open and locked.
 pub(crate) struct DiskConfig {
@@ -65,14 +51,16 @@ impl Config {
         let topology = topology(spec)?;
         let map = memory_map(spec.memory)?;
         let uuid = uuid_of(&spec.name);
-        let boot = boot_files(spec)?;
+        let boot = BootFiles::open(&spec.boot)?;
+        let bytes = boot.read()?;
         let model = models::resolve(&spec.cpu)?;
         check_host_memory(spec.memory)?;
         let asked = spec.disks.len() + ready.len();
         if asked > machine::MAX_DISKS {
             return Err(VmError::Disks { asked, max: machine::MAX_DISKS });
         }
-        boot::check(&boot, &machine::tables(&map, topology, uuid))?;
+        boot::check(&boot, &bytes, &machine::tables(&map, topology, uuid))?;
+        boot.keep(bytes);
         let mut disks = spec.disks.iter().enumerate().map(open_disk).collect::<Result<Vec<_>, _>>()?;
         for disk in ready {
             disks.push(DiskConfig { disk, serial: format!("disk{}", disks.len()) });
@@ -168,43 +156,6 @@ fn check_host_memory(memory: ByteSize) -> Result<(), VmError> {
         )));
     }
     Ok(())
-}
-
-fn boot_files(spec: &VmSpec) -> Result<BootFiles, VmError> {
-    let kernel_path = spec.boot.kernel.clone().ok_or(VmError::NothingToBoot)?;
-    let kernel = read_file("kernel", &kernel_path, MAX_KERNEL)?;
-    let initrd = spec.boot.initrd.as_ref().map(|path| read_file("initrd", path, MAX_INITRD)).transpose()?;
-    Ok(BootFiles { kernel_path, kernel, initrd, append: spec.boot.append.clone() })
-}
-
-fn read_file(what: &'static str, path: &Path, max: u64) -> Result<Vec<u8>, VmError> {
-    let wrong = |why: String| VmError::File { what, path: path.to_owned(), why };
-    let meta = std::fs::metadata(path).map_err(|e| wrong(explain(&e)))?;
-    if meta.is_dir() {
-        return Err(wrong("is a directory; expected a file".to_owned()));
-    }
-    if meta.len() > max {
-        return Err(wrong(format!("has {} bytes, more than the {} that fit", meta.len(), ByteSize(max))));
-    }
-    let mut file = std::fs::File::open(path).map_err(|e| wrong(explain(&e)))?;
-    let mut bytes = Vec::with_capacity(meta.len() as usize);
-    file.by_ref().take(max + 1).read_to_end(&mut bytes).map_err(|e| wrong(explain(&e)))?;
-    match bytes.len() as u64 {
-        0 => Err(wrong("is empty".to_owned())),
-        len if len > max => Err(wrong(format!("is larger than the {} that fit", ByteSize(max)))),
-        _ => Ok(bytes),
-    }
-}
-
-/// The host's error in words that say what to do.
-fn explain(error: &std::io::Error) -> String {
-    match error.kind() {
-        std::io::ErrorKind::NotFound => "no such file; check the path".to_owned(),
-        std::io::ErrorKind::PermissionDenied => {
-            "permission denied; make it readable for this user".to_owned()
-        }
-        _ => error.to_string(),
-    }
 }
 
 fn open_disk((index, spec): (usize, &atoll_api_types::DiskSpec)) -> Result<DiskConfig, VmError> {

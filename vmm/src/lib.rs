@@ -18,6 +18,7 @@
 
 mod accelerator;
 mod boot;
+mod boot_files;
 mod config;
 mod console;
 mod device_thread;
