@@ -29,7 +29,17 @@ unsafe impl Sync for Mapping {}
 impl Mapping {
     /// Maps `len` bytes of `file` from its start, shared, without reserving swap.
     pub(super) fn of_file(file: BorrowedFd<'_>, len: usize) -> io::Result<Self> {
-        let flags = MapFlags::SHARED | MapFlags::NORESERVE;
+        Self::shared(file, len, MapFlags::NORESERVE)
+    }
+
+    /// As [`Mapping::of_file`], for a file in the host's pool of huge pages: they are reserved now, so that no
+    /// later access fails for want of one.
+    pub(super) fn of_file_reserved(file: BorrowedFd<'_>, len: usize) -> io::Result<Self> {
+        Self::shared(file, len, MapFlags::empty())
+    }
+
+    fn shared(file: BorrowedFd<'_>, len: usize, flags: MapFlags) -> io::Result<Self> {
+        let flags = MapFlags::SHARED | flags;
         // SAFETY: a new mapping at an address of the kernel's choice replaces nothing.
         let start = unsafe {
             rustix::mm::mmap(std::ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, flags, file, 0)?
@@ -58,6 +68,56 @@ impl Mapping {
         debug_assert!(!matches!(advice, Advice::LinuxDontNeed));
         // SAFETY: the range is our own mapping, and the callers pass advice that does not discard contents.
         let _ = unsafe { rustix::mm::madvise(self.start.as_ptr().cast(), self.len, advice) };
+    }
+
+    /// Lets the memory come from NUMA node `node` only (`mbind(2)` with `MPOL_BIND`). Call it before the first touch.
+    pub(super) fn bind(&self, node: u32) -> io::Result<()> {
+        /// Most nodes of a Linux kernel (`NODES_SHIFT` is at most 10).
+        const MAX_NODES: u32 = 1024;
+        if node >= MAX_NODES {
+            return Err(io::Error::from(io::ErrorKind::InvalidInput));
+        }
+        let mut mask = [0u64; MAX_NODES as usize / 64];
+        mask[node as usize / 64] = 1 << (node % 64);
+        // SAFETY: the range is our own mapping; the mask outlives the call and has the bits that are announced. The
+        // kernel counts one bit less than it is told.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_mbind,
+                self.start.as_ptr(),
+                self.len,
+                libc::MPOL_BIND,
+                mask.as_ptr(),
+                u64::from(MAX_NODES) + 1,
+                0,
+            )
+        };
+        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+
+    /// Locks every page once it is touched (`mlock2(2)` with `MLOCK_ONFAULT`).
+    pub(super) fn lock_on_touch(&self) -> io::Result<()> {
+        // SAFETY: the range is our own mapping. Locking changes nothing of what it holds.
+        unsafe {
+            Ok(rustix::mm::mlock_with(self.start.as_ptr().cast(), self.len, rustix::mm::MlockFlags::ONFAULT)?)
+        }
+    }
+
+    /// Obtains the pages of a range as if each were written (`MADV_POPULATE_WRITE`, Linux 5.14), without changing
+    /// them. A host that has not enough is an error, not a signal.
+    pub(super) fn populate(&self, offset: usize, len: usize) -> io::Result<()> {
+        if offset.checked_add(len).is_none_or(|end| end > self.len) {
+            return Err(io::Error::from(io::ErrorKind::InvalidInput));
+        }
+        let start = self.start.as_ptr().wrapping_add(offset).cast();
+        // SAFETY: the range was checked to lie inside our own mapping; populating discards nothing.
+        unsafe { rustix::mm::madvise(start, len, Advice::LinuxPopulateWrite)? };
+        Ok(())
+    }
+
+    /// Bytes.
+    pub(super) fn len(&self) -> usize {
+        self.len
     }
 
     /// First byte.

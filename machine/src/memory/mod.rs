@@ -1,5 +1,6 @@
 //! Guest memory: blocks of RAM and the guest-physical address space that shows them.
 //!
+//! * [`RamOptions`] says where the host takes a block's memory from: which pages, which node, locked, at once.
 //! * [`RamBlock`] is host memory with page flags, code versions and dirty logs. Its module says what whoever
 //!   stores to guest memory owes.
 //! * [`AddressSpace`] holds regions (RAM, ROM, ROM with a device behind its writes, MMIO, aliases) with
@@ -17,6 +18,7 @@
 //! the listeners' own locks; then a block's list of dirty sources; then the sources' own locks.
 
 mod address_space;
+mod backing;
 mod guest;
 mod mapping;
 mod ram;
@@ -24,6 +26,7 @@ mod source;
 mod view;
 
 pub use address_space::{AddressSpace, RegionId, Transaction, ViewListener};
+pub use backing::{RamOptions, RamPages};
 pub use guest::{GuestMemory, ToGpa};
 pub use ram::{
     DirtyPages, DirtyReader, MAX_BLOCK_SIZE, PAGE_DIRTY_WANTED, PAGE_HAS_CODE, PAGE_SIZE, PageNotes, RamBlock,
@@ -44,6 +47,16 @@ pub enum MemoryError {
         name: String,
         /// Size asked for, in bytes.
         size: u64,
+    },
+    /// A block's size is no multiple of the huge pages it is to be made of.
+    #[error("memory block {name}: size {size:#x} is not a multiple of its pages of {page:#x} bytes")]
+    NotInPages {
+        /// Name of the block.
+        name: String,
+        /// Size asked for, in bytes.
+        size: u64,
+        /// Size of a page, in bytes.
+        page: u64,
     },
     /// The host refused something.
     #[error("memory block {name}: {what}: {source}")]

@@ -65,12 +65,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering, compiler_fence, fence};
 
 use arc_swap::ArcSwap;
-use rustix::fs::{MemfdFlags, SealFlags};
-use rustix::mm::Advice;
 use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
 use vm_memory::{Bytes, VolatileSlice};
 
 use super::MemoryError;
+use super::backing::{self, RamOptions};
 use super::mapping::{Mapping, has_process_barrier, process_barrier};
 use super::source::{DirtySource, Sources};
 
@@ -106,22 +105,17 @@ impl RamBlock {
     ///
     /// Host memory is used only for pages that are touched. The bookkeeping takes at most 5 bytes per page.
     pub fn new_shared(name: &str, size: u64) -> Result<Arc<Self>, MemoryError> {
-        if size == 0 || !size.is_multiple_of(PAGE_SIZE) || size > MAX_BLOCK_SIZE {
-            return Err(MemoryError::BadSize { name: name.to_owned(), size });
-        }
+        Self::with_options(name, size, &RamOptions::default())
+    }
+
+    /// As [`RamBlock::new_shared`], with a say in where the host memory comes from. `size` must be a multiple of
+    /// the page size that `options` names; what the host cannot give is an error now, not a fault later.
+    pub fn with_options(name: &str, size: u64, options: &RamOptions) -> Result<Arc<Self>, MemoryError> {
+        let (file, memory) = backing::create(name, size, options)?;
         let host = |what: &'static str| {
             let name = name.to_owned();
             move |source: std::io::Error| MemoryError::Host { name, what, source }
         };
-        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-        let file = rustix::fs::memfd_create(name, flags).map_err(|e| host("memfd_create")(e.into()))?;
-        rustix::fs::ftruncate(&file, size).map_err(|e| host("ftruncate")(e.into()))?;
-        let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
-        rustix::fs::fcntl_add_seals(&file, seals).map_err(|e| host("sealing")(e.into()))?;
-        let memory = Mapping::of_file(file.as_fd(), size as usize).map_err(host("mmap"))?;
-        // Guest memory is the guest's own: it does not belong in a core file of the host process.
-        memory.advise(Advice::LinuxDontDump);
-        memory.advise(Advice::LinuxHugepage);
         let pages = (size >> PAGE_SHIFT) as usize;
         let flags = Mapping::anonymous(pages).map_err(host("mmap of page flags"))?;
         let versions = Mapping::anonymous(pages * 4).map_err(host("mmap of code versions"))?;
