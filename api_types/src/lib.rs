@@ -4,10 +4,14 @@
 
 #![forbid(unsafe_code)]
 
+mod cpu_pinning;
+mod memory;
 mod size;
 mod topology;
 mod vm_spec;
 
+pub use cpu_pinning::{CpuPinning, MAX_HOST_CPU, ParsePinningError};
+pub use memory::{HugePages, MemoryOptions, MemorySpec, ParseMemoryError};
 pub use size::{ByteSize, ParseSizeError};
 pub use topology::{CpuTopology, ParseTopologyError};
 pub use vm_spec::{

@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{ByteSize, CpuTopology};
+use crate::{ByteSize, CpuPinning, CpuTopology, MemoryOptions};
 
 /// What executes the guest's instructions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -114,6 +114,12 @@ pub struct VmSpec {
     /// RAM.
     #[serde(default = "default_memory")]
     pub memory: ByteSize,
+    /// How the host provides the RAM.
+    #[serde(default)]
+    pub memory_options: MemoryOptions,
+    /// The host processors on which its CPUs run; all when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pin: Option<CpuPinning>,
     /// What it starts.
     #[serde(default)]
     pub boot: BootSpec,
@@ -152,6 +158,8 @@ impl VmSpec {
             cpu: default_cpu(),
             cpus: CpuTopology::default(),
             memory: default_memory(),
+            memory_options: MemoryOptions::default(),
+            pin: None,
             boot: BootSpec::default(),
             disks: Vec::new(),
             on_crash: OnCrash::default(),
