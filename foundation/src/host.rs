@@ -1,12 +1,22 @@
 //! What the host has and what this process uses of it.
 //!
-//! [`kvm`] and [`processor`] are what a choice among accelerators is made from.
+//! * [`kvm`] and [`processor`] are what a choice among accelerators is made from;
+//! * [`pages`], [`numa`] and [`limits`] say which memory and processors can be had;
+//! * [`rights`] finds out by trying what this process may do; [`cgroup`] what it may do in its control group.
+//!
+//! Everything here reads; nothing changes the host. Parsers are functions of a file's text or of a folder, so that
+//! the tests can show them other hosts.
 
+pub mod cgroup;
 pub mod kvm;
+pub mod limits;
+pub mod numa;
+pub mod pages;
 pub mod processor;
+pub mod rights;
 
 use std::io;
-use std::path::PathBuf;
+use std::path::Path;
 
 /// Memory of the host, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,14 +102,33 @@ fn field_kib(text: &str, name: &str) -> Option<u64> {
     value.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
-/// The smallest `memory.max` from this process's control group (version 2) up to the root.
+/// The smallest limit from this process's control group up to the root, of either version.
 fn cgroup_limit() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/self/cgroup").ok()?;
-    let own = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
-    let mut path = PathBuf::from("/sys/fs/cgroup").join(own);
+    cgroup_limit_in(Path::new("/sys/fs/cgroup"), &std::fs::read_to_string("/proc/self/cgroup").ok()?)
+}
+
+fn cgroup_limit_in(root: &Path, own: &str) -> Option<u64> {
+    let v1 = root.join("memory");
+    let limits = own.lines().filter_map(|line| {
+        let (controllers, group) = line.split_once(':')?.1.split_once(":/")?;
+        match controllers {
+            "" => smallest_limit(root, group, "memory.max"),
+            _ if controllers.split(',').any(|c| c == "memory") => {
+                smallest_limit(&v1, group, "memory.limit_in_bytes")
+            }
+            _ => None,
+        }
+    });
+    limits.min()
+}
+
+/// The smallest number in a file called `name` from `group` below `root` up to `root`. No limit is a word in
+/// version 2, and a number larger than any memory in version 1.
+fn smallest_limit(root: &Path, group: &str, name: &str) -> Option<u64> {
+    let mut path = root.join(group);
     let mut smallest = None;
-    while path.starts_with("/sys/fs/cgroup") {
-        let limit = std::fs::read_to_string(path.join("memory.max")).ok().and_then(|s| s.trim().parse().ok());
+    while path.starts_with(root) {
+        let limit = std::fs::read_to_string(path.join(name)).ok().and_then(|s| s.trim().parse().ok());
         smallest = smallest.into_iter().chain(limit).min();
         path.pop();
     }
@@ -136,6 +165,25 @@ mod tests {
         let memory = parse_status(text).unwrap();
         assert_eq!((memory.rss_anon, memory.rss_file, memory.total()), (12 << 10, 4 << 10, 24 << 10));
         assert_eq!(parse_status("RssAnon: lots"), None);
+    }
+
+    #[test]
+    fn the_smallest_limit_on_the_way_to_the_root_counts_in_either_version() {
+        let root = tempfile::tempdir().unwrap();
+        let write = |path: &str, text: &str| {
+            let path = root.path().join(path);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        };
+        write("a/memory.max", "1000\n");
+        write("a/b/memory.max", "max\n");
+        assert_eq!(cgroup_limit_in(root.path(), "0::/a/b\n"), Some(1000));
+        assert_eq!(cgroup_limit_in(root.path(), "0::/\n"), None);
+        write("memory/memory.limit_in_bytes", "9223372036854771712\n");
+        write("memory/docker/7a/memory.limit_in_bytes", "4096\n");
+        assert_eq!(cgroup_limit_in(root.path(), "8:pids:/\n4:memory:/docker/7a\n0::/\n"), Some(4096));
+        assert_eq!(cgroup_limit_in(root.path(), "4:cpu,memory:/docker/7a\n"), Some(4096));
+        assert_eq!(cgroup_limit_in(root.path(), "5:pids:/docker/7a\n"), None);
     }
 
     #[test]

@@ -18,7 +18,7 @@
 //! # Unsafe code
 //!
 //! Denied except in the modules that call the kernel without a safe wrapper: `mapping`, `terminal`, `signals`,
-//! `file_lock`, `volatile_io` and `host::kvm`. Each says why at its top.
+//! `file_lock`, `volatile_io`, `host::kvm` and `host::rights`. Each says why at its top.
 
 pub mod event_loop;
 pub mod eventfd;

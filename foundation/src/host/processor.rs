@@ -68,6 +68,82 @@ impl Processor {
     }
 }
 
+/// The hypervisor under which this host itself runs, by the name it gives itself; `None` on bare metal. Every
+/// hypervisor announces itself in CPUID leaf 0x4000_0000 when it sets the flag.
+#[cfg(target_arch = "x86_64")]
+pub fn hypervisor() -> Option<String> {
+    use std::arch::x86_64::__cpuid;
+    /// CPUID leaf 1, ECX bit 31.
+    const HYPERVISOR: u32 = 1 << 31;
+    if __cpuid(1).ecx & HYPERVISOR == 0 {
+        return None;
+    }
+    let leaf = __cpuid(0x4000_0000);
+    Some(hypervisor_name([leaf.ebx, leaf.ecx, leaf.edx]))
+}
+
+/// Not known on another architecture.
+#[cfg(not(target_arch = "x86_64"))]
+pub fn hypervisor() -> Option<String> {
+    None
+}
+
+/// The twelve bytes as people know the product.
+fn hypervisor_name(words: [u32; 3]) -> String {
+    let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+    let signature: String = bytes.iter().filter(|b| b.is_ascii_graphic()).map(|b| char::from(*b)).collect();
+    let product = match signature.as_str() {
+        "KVMKVMKVM" => "KVM",
+        "MicrosoftHv" => "Hyper-V",
+        "VMwareVMware" => "VMware",
+        "XenVMMXenVMM" => "Xen",
+        "TCGTCGTCGTCG" => "QEMU's emulator",
+        "bhyvebhyve" => "bhyve",
+        "VBoxVBoxVBox" => "VirtualBox",
+        "prlhyperv" => "Parallels",
+        "" => "an unnamed hypervisor",
+        other => other,
+    };
+    product.to_owned()
+}
+
+/// Whether a KVM module lets guests use virtualization themselves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NestedParameter {
+    /// `kvm_intel` or `kvm_amd`.
+    pub module: &'static str,
+    /// What its parameter `nested` says.
+    pub enabled: bool,
+}
+
+/// The parameter of the module that is loaded, if one is.
+pub fn nested_parameter() -> Option<NestedParameter> {
+    ["kvm_intel", "kvm_amd"].into_iter().find_map(|module| {
+        let text = std::fs::read_to_string(format!("/sys/module/{module}/parameters/nested")).ok()?;
+        Some(NestedParameter { module, enabled: matches!(text.trim(), "1" | "Y" | "y") })
+    })
+}
+
+/// The clock that the host's kernel reads; empty where it does not say.
+pub fn clocksource() -> String {
+    let path = "/sys/devices/system/clocksource/clocksource0/current_clocksource";
+    std::fs::read_to_string(path).map_or(String::new(), |text| text.trim().to_owned())
+}
+
+/// What the kernel says about the processor's known vulnerabilities: names and states, by name.
+pub fn vulnerabilities() -> Vec<(String, String)> {
+    let entries =
+        std::fs::read_dir("/sys/devices/system/cpu/vulnerabilities").into_iter().flatten().flatten();
+    let mut list: Vec<_> = entries
+        .filter_map(|entry| {
+            let state = std::fs::read_to_string(entry.path()).ok()?;
+            Some((entry.file_name().into_string().ok()?, state.trim().to_owned()))
+        })
+        .collect();
+    list.sort();
+    list
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -97,5 +173,22 @@ mod tests {
     fn this_host_has_flags() {
         let flags = Processor::read().unwrap().flags;
         assert!(cfg!(not(target_arch = "x86_64")) || flags.iter().any(|f| f == "fpu"), "{flags:?}");
+    }
+
+    #[test]
+    fn hypervisors_are_known_by_the_names_they_give() {
+        let words = |text: &[u8; 12]| {
+            [0, 4, 8].map(|at| u32::from_le_bytes([text[at], text[at + 1], text[at + 2], text[at + 3]]))
+        };
+        assert_eq!(hypervisor_name(words(b"KVMKVMKVM\0\0\0")), "KVM");
+        assert_eq!(hypervisor_name(words(b"Microsoft Hv")), "Hyper-V");
+        assert_eq!(hypervisor_name(words(b"SomethingNew")), "SomethingNew");
+        assert_eq!(hypervisor_name([0; 3]), "an unnamed hypervisor");
+    }
+
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    fn the_kernels_flag_and_cpuid_agree_that_there_is_a_hypervisor() {
+        assert_eq!(hypervisor().is_some(), Processor::read().unwrap().has("hypervisor"));
     }
 }
