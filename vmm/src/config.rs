@@ -11,6 +11,7 @@ use atoll_storage::{Disk, OpenOptions, RawDisk};
 use crate::accelerator::{self, BackendKind, Choice, HostFacts};
 use crate::boot_files::BootFiles;
 use crate::error::VmError;
+use crate::host_options::{self, HostResources};
 use crate::{boot, machine, models};
 
 /// One disk, open and locked.
@@ -27,6 +28,8 @@ pub(crate) struct Config {
     pub(crate) accelerator: Choice,
     pub(crate) model: Arc<atoll_machine::cpu::model::CpuModel>,
     pub(crate) topology: Topology,
+    /// The host processors on which each CPU may run, by index; empty when all may.
+    pub(crate) pinning: Vec<Vec<usize>>,
     pub(crate) map: AddressMap,
     pub(crate) ram: Arc<RamBlock>,
     pub(crate) boot: BootFiles,
@@ -55,6 +58,10 @@ impl Config {
         let bytes = boot.read()?;
         let model = models::resolve(&spec.cpu)?;
         check_host_memory(spec.memory)?;
+        let host_cpus = atoll_foundation::host::cpu_count();
+        let ram_options =
+            host_options::memory(spec.memory, &spec.memory_options, HostResources::gather, host_cpus)?;
+        let pinning = host_options::pinning(spec.pin.as_ref(), topology.cpus(), HostResources::gather)?;
         let asked = spec.disks.len() + ready.len();
         if asked > machine::MAX_DISKS {
             return Err(VmError::Disks { asked, max: machine::MAX_DISKS });
@@ -65,13 +72,14 @@ impl Config {
         for disk in ready {
             disks.push(DiskConfig { disk, serial: format!("disk{}", disks.len()) });
         }
-        let ram = RamBlock::new_shared("ram", map.memory())
+        let ram = RamBlock::with_options("ram", map.memory(), &ram_options)
             .map_err(|e| VmError::Memory(format!("cannot make {} of guest memory: {e}", spec.memory)))?;
         Ok(Self {
             name: spec.name.clone(),
             accelerator,
             model: Arc::new(model),
             topology,
+            pinning,
             map,
             ram,
             boot,

@@ -47,6 +47,9 @@ pub enum VmError {
     /// A CPU model that does not exist or that this host cannot give.
     #[error("{0}")]
     Model(String),
+    /// Host processors that do not exist or may not be used.
+    #[error("{0}")]
+    Pinning(String),
     /// An accelerator that this host or version does not have.
     #[error("{0}")]
     Accelerator(String),

@@ -24,6 +24,7 @@ mod console;
 mod device_thread;
 mod driver;
 mod error;
+mod host_options;
 mod io;
 mod machine;
 mod models;

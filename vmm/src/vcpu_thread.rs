@@ -26,6 +26,7 @@ enum Command {
     Resume,
     State(Sender<CpuState>),
     SetState(Box<CpuState>, Sender<Result<(), StateError>>),
+    Pin(Vec<usize>, Sender<std::io::Result<()>>),
     /// Answered when the thread is paused: every earlier command has been carried out.
     Sync(Sender<()>),
     Finish,
@@ -64,6 +65,13 @@ impl<P: Partition> VcpuThread<P> {
     pub(crate) fn resume(&self) {
         self.stop.clear();
         self.send(Command::Resume);
+    }
+
+    /// Lets the thread run on these host processors only.
+    pub(crate) fn pin(&self, host_cpus: &[usize]) -> std::io::Result<()> {
+        let (reply, answer) = mpsc::channel();
+        self.send(Command::Pin(host_cpus.to_vec(), reply));
+        answer.recv().unwrap_or(Ok(()))
     }
 
     /// Asks the vCPU to pause, without waiting for it.
@@ -127,6 +135,9 @@ impl<V: Vcpu> Runner<V> {
                 }
                 Command::SetState(state, reply) => {
                     let _ = reply.send(self.vcpu.set_state(&state));
+                }
+                Command::Pin(host_cpus, reply) => {
+                    let _ = reply.send(atoll_foundation::threads::set_current_affinity(&host_cpus));
                 }
                 Command::Sync(reply) => {
                     let _ = reply.send(());

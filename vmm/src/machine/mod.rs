@@ -237,6 +237,9 @@ where
         let vcpu = partition.create_vcpu(index)?;
         let thread = VcpuThread::start(index, partition.clone(), vcpu, io.clone(), common.control.clone())
             .map_err(VmError::host("cannot start a vCPU thread"))?;
+        if let Some(host_cpus) = config.pinning.get(index as usize) {
+            thread.pin(host_cpus).map_err(VmError::host("cannot pin a vCPU thread to its host CPUs"))?;
+        }
         vcpus.push(thread);
     }
     Ok(vcpus)

@@ -4,7 +4,9 @@ use std::path::PathBuf;
 use std::sync::mpsc;
 use std::time::Duration;
 
-use atoll_api_types::{Accelerator, BootSpec, ByteSize, CpuTopology, DiskSpec, OnCrash, VmSpec};
+use atoll_api_types::{
+    Accelerator, BootSpec, CpuPinning, CpuTopology, DiskSpec, MemorySpec, OnCrash, VmSpec,
+};
 use atoll_foundation::signals::{Signal, Signals};
 use atoll_foundation::terminal;
 use atoll_foundation::{EventLoop, Interest};
@@ -49,9 +51,9 @@ pub(crate) struct Args {
     /// Processors: a number, or sockets=S,cores=C,threads=T
     #[arg(long, value_name = "N", default_value = "1", help_heading = "Machine")]
     cpus: CpuTopology,
-    /// RAM
-    #[arg(long, value_name = "SIZE", default_value = "512M", help_heading = "Machine")]
-    memory: ByteSize,
+    /// RAM: SIZE[,hugepages=KIND][,lock][,prefault][,numa=NODE]
+    #[arg(long, value_name = "MEMORY", default_value = "512M", help_heading = "Machine")]
+    memory: MemorySpec,
     /// Disk: PATH[,readonly]; may be given several times
     #[arg(long = "disk", value_name = "DISK", help_heading = "Machine")]
     disks: Vec<DiskSpec>,
@@ -61,6 +63,9 @@ pub(crate) struct Args {
     /// What executes the guest's instructions
     #[arg(long, value_name = "WHICH", default_value = "auto", help_heading = "Machine")]
     accel: AcceleratorArg,
+    /// Host CPUs to run on: 0-3,8 for every CPU alike, or a list per CPU such as 0:1:4-5
+    #[arg(long, value_name = "LIST", help_heading = "Machine")]
+    pin: Option<CpuPinning>,
     /// Name of the machine
     #[arg(long, default_value = "vm", help_heading = "Machine")]
     name: String,
@@ -116,7 +121,9 @@ impl Args {
             },
             cpu: self.cpu,
             cpus: self.cpus,
-            memory: self.memory,
+            memory: self.memory.size,
+            memory_options: self.memory.options,
+            pin: self.pin,
             boot,
             disks: self.image.into_iter().chain(self.disks).collect(),
             on_crash: match self.on_crash {
