@@ -21,7 +21,7 @@ use crate::cpu::model::{BackendFeatures, CpuModel};
 use crate::cpu::state::CpuState;
 use crate::cpu::topology::Topology;
 use crate::inputs::InputGate;
-use crate::interrupt::{EoiSink, ExtIntSink, ExtIntSource, Msi, MsiSink};
+use crate::interrupt::{EoiSink, ExtIntSink, ExtIntSource, IoApicRoutes, Msi, MsiSink};
 use crate::memory::AddressSpace;
 use crate::time::Clock;
 
@@ -175,6 +175,10 @@ pub trait Partition: Send + Sync + 'static {
     /// Events that pass between guest and device threads without a return from [`Vcpu::run`], where the backend
     /// can.
     fn event_routes(&self) -> Option<Arc<dyn EventRoutes>>;
+    /// Where the IOAPIC announces its level-triggered entries, if [`PartitionConfig::eoi`] is told of no others.
+    fn ioapic_routes(&self) -> Option<Arc<dyn IoApicRoutes>> {
+        None
+    }
 }
 
 /// A guest write that means no more than "look at your queue".

@@ -5,6 +5,7 @@
 //! device --MSI-X----------------------------------------------^
 //! PIC --ExtIntSink::set_extint--> LINT0 of the boot processor; CPU --ExtIntSource::acknowledge--> PIC
 //! LAPIC --EoiSink::end_of_interrupt--> IOAPIC (level-triggered re-delivery)
+//! IOAPIC --IoApicRoutes::set_route--> backends that must know beforehand whose end will be told
 //! ```
 //!
 //! Lock order: a device's own lock, then the interrupt controller's lock, then nothing. Sinks never call
@@ -98,4 +99,13 @@ pub trait ExtIntSource: Send + Sync {
 pub trait EoiSink: Send + Sync {
     /// Vector `vector` ended on some local APIC.
     fn end_of_interrupt(&self, vector: u8);
+}
+
+/// Where an IOAPIC announces its level-triggered entries, for a backend whose local APICs tell the end only of the
+/// messages they were told about beforehand. See [`crate::backend::Partition::ioapic_routes`].
+pub trait IoApicRoutes: Send + Sync {
+    /// From now on a level-triggered `pin` sends `msi`; `None`: the pin is edge-triggered, its ends matter to nobody.
+    /// Called before the first such message is sent. A masked entry keeps its route, because an interrupt may
+    /// be in service. Pins beyond the IOAPIC's 24 are ignored.
+    fn set_route(&self, pin: u32, msi: Option<Msi>);
 }

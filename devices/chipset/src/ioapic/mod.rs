@@ -8,12 +8,13 @@
 //! ```
 //!
 //! An edge on a masked pin is lost, as the data sheet says. Polarity is stored but has no meaning here: a wire
-//! is high when its device asserts it. Registers are 32 bits wide at 0x00 (index), 0x10 (data) and 0x40 (EOI).
+//! is high when its device asserts it. Level-triggered entries are announced (see [`IoApicRoutes`]) before they send
+//! anything, masked or not. Registers are 32 bits wide at 0x00 (index), 0x10 (data) and 0x40 (EOI).
 
 use std::sync::{Arc, Mutex, OnceLock};
 
 use atoll_machine::bus::MmioDevice;
-use atoll_machine::interrupt::{EoiSink, LineSink, Msi, MsiSink};
+use atoll_machine::interrupt::{EoiSink, IoApicRoutes, LineSink, Msi, MsiSink};
 
 use crate::lock;
 use saved_state::IoApicStateV1;
@@ -43,24 +44,34 @@ struct Inner {
     index: u8,
     entries: [u64; PINS],
     lines: u32,
+    /// What was announced last for each pin.
+    routes: [Option<Msi>; PINS],
 }
 
 /// The IOAPIC. See the module's documentation.
 pub struct IoApic {
     inner: Mutex<Inner>,
     sink: OnceLock<Arc<dyn MsiSink>>,
+    routes: OnceLock<Arc<dyn IoApicRoutes>>,
 }
 
 impl IoApic {
     /// All pins masked, id 0.
     pub fn new() -> Arc<Self> {
-        let inner = Inner { id: 0, index: 0, entries: [MASKED; PINS], lines: 0 };
-        Arc::new(Self { inner: Mutex::new(inner), sink: OnceLock::new() })
+        let inner = Inner { id: 0, index: 0, entries: [MASKED; PINS], lines: 0, routes: [None; PINS] };
+        Arc::new(Self { inner: Mutex::new(inner), sink: OnceLock::new(), routes: OnceLock::new() })
     }
 
     /// Connects the local APICs. The first call counts; until then messages are dropped.
     pub fn connect_cpu(&self, sink: Arc<dyn MsiSink>) {
         let _ = self.sink.set(sink);
+    }
+
+    /// Connects a backend that wants to know the level-triggered entries. The first call counts.
+    pub fn connect_routes(&self, routes: Arc<dyn IoApicRoutes>) {
+        let mut inner = lock(&self.inner);
+        let _ = self.routes.set(routes);
+        self.announce(&mut inner);
     }
 
     /// Power-on state. Wires keep their levels.
@@ -69,6 +80,7 @@ impl IoApic {
         inner.id = 0;
         inner.index = 0;
         inner.entries = [MASKED; PINS];
+        self.announce(&mut inner);
     }
 
     /// The message that the entry of `pin` sends, for backends that route pins themselves.
@@ -98,6 +110,20 @@ impl IoApic {
         for (to, from) in inner.entries.iter_mut().zip(&saved.entries) {
             *to = from & (WRITABLE | REMOTE_IRR);
         }
+        self.announce(&mut inner);
+    }
+
+    /// Tells the backend which level-triggered entries changed.
+    fn announce(&self, inner: &mut Inner) {
+        let Some(routes) = self.routes.get() else { return };
+        for pin in 0..PINS {
+            let entry = inner.entries[pin];
+            let route = (entry & LEVEL != 0).then(|| message(entry));
+            if inner.routes[pin] != route {
+                inner.routes[pin] = route;
+                routes.set_route(pin as u32, route);
+            }
+        }
     }
 
     /// Sends a level-triggered pin's message if it is due.
@@ -126,6 +152,7 @@ impl IoApic {
             entry &= !REMOTE_IRR;
         }
         inner.entries[pin] = entry;
+        self.announce(inner);
         self.service_level(inner, pin);
     }
 

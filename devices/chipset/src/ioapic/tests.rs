@@ -114,6 +114,39 @@ fn state_survives_a_round_trip() {
     assert_eq!(read(&other, 0x10 + 40), 0x1_0000);
 }
 
+#[derive(Default)]
+struct RouteLog(Mutex<Vec<(u32, Option<Msi>)>>);
+
+impl IoApicRoutes for RouteLog {
+    fn set_route(&self, pin: u32, msi: Option<Msi>) {
+        lock(&self.0).push((pin, msi));
+    }
+}
+
+#[test]
+fn level_entries_are_announced_once_and_masks_change_nothing() {
+    let (io, _) = bench();
+    program(&io, 9, 0x0100_0000_0000_8061);
+    let routes = Arc::new(RouteLog::default());
+    io.connect_routes(routes.clone());
+    let take = || std::mem::take(&mut *lock(&routes.0));
+    assert_eq!(take(), [(9, Some(Msi { address: 0xfee0_1000, data: 0xc061 }))], "what was there before");
+    write(&io, 0x10 + 18, 0x1_8061);
+    program(&io, 4, 0x0031);
+    assert_eq!(take(), [], "a mask and an edge-triggered pin");
+    write(&io, 0x10 + 18, 0x8062);
+    assert_eq!(take(), [(9, Some(Msi { address: 0xfee0_1000, data: 0xc062 }))]);
+    write(&io, 0x10 + 18, 0x62);
+    assert_eq!(take(), [(9, None)]);
+    program(&io, 23, 0x8070);
+    let saved = io.save();
+    take();
+    io.reset();
+    assert_eq!(take(), [(23, None)]);
+    io.restore(&saved);
+    assert_eq!(take(), [(23, Some(Msi { address: 0xfee0_0000, data: 0xc070 }))]);
+}
+
 #[test]
 fn garbage_is_survived() {
     let (io, log) = bench();
