@@ -6,7 +6,7 @@
 use super::model::{CpuModel, MsrKind};
 use super::msr::is_canonical;
 use super::saved_state::{MAX_MSRS, MAX_XSAVE, MIN_XSAVE};
-use super::state::{CpuState, seg};
+use super::state::{CpuState, EventKind, seg};
 use crate::backend::StateError;
 
 const CR0_PE: u64 = 1 << 0;
@@ -30,6 +30,7 @@ impl CpuState {
         self.check_control(model)?;
         self.check_addresses(model)?;
         self.check_xsave(model)?;
+        self.check_event()?;
         self.check_msrs(model)
     }
 
@@ -81,6 +82,20 @@ impl CpuState {
         ensure("xsave", word(520) == 0, word(520))
     }
 
+    fn check_event(&self) -> Result<(), StateError> {
+        let Some(event) = self.pending_event else { return Ok(()) };
+        let vector = event.vector;
+        let fits = match event.kind {
+            // Vector 2 is the NMI's; the other 31 are the processor's own.
+            EventKind::Exception => vector < 32 && vector != 2,
+            EventKind::Nmi => vector == 2,
+            EventKind::ExternalInterrupt | EventKind::SoftwareInterrupt => true,
+        };
+        ensure("pending_event", fits, vector.into())?;
+        let code = event.error_code.unwrap_or(0);
+        ensure("pending_event", code >> 16 == 0, code.into())
+    }
+
     fn check_msrs(&self, model: &CpuModel) -> Result<(), StateError> {
         ensure("msrs", self.msrs.len() <= MAX_MSRS, self.msrs.len() as u64)?;
         for &(index, value) in &self.msrs {
@@ -114,6 +129,7 @@ mod tests {
     use super::*;
     use crate::cpu::feature::{Feature, FeatureSet};
     use crate::cpu::host::{HostCpu, Vendor};
+    use crate::cpu::state::PendingEvent;
 
     fn model() -> CpuModel {
         let host = HostCpu { vendor: Vendor::Intel, features: FeatureSet::of(Feature::ALL), tsc_khz: None };
@@ -128,6 +144,13 @@ mod tests {
         state.segments[seg::GS].base = 0xffff_8880_0000_0000;
         state.msrs = model().msrs().iter().map(|e| (e.index, e.reset)).collect();
         state
+    }
+
+    fn refused_event(event: Option<PendingEvent>) -> &'static str {
+        match (CpuState { pending_event: event, ..long_mode() }).check(&model()) {
+            Err(StateError::Invalid { field, .. }) => field,
+            Ok(()) => "accepted",
+        }
     }
 
     #[test]
@@ -162,6 +185,11 @@ mod tests {
         assert_eq!(field(|s| s.xcr0 = 7), "xsave");
         assert_eq!(field(|s| s.xsave[27] = 1), "xsave");
         assert_eq!(field(|s| s.xsave[520] = 1), "xsave");
+        let event = |vector, kind, error_code| Some(PendingEvent { vector, kind, error_code });
+        assert_eq!(refused_event(event(14, EventKind::Exception, Some(2))), "accepted");
+        assert_eq!(refused_event(event(32, EventKind::Exception, None)), "pending_event");
+        assert_eq!(refused_event(event(14, EventKind::Exception, Some(1 << 16))), "pending_event");
+        assert_eq!(refused_event(event(3, EventKind::Nmi, None)), "pending_event");
         assert_eq!(field(|s| s.msrs.push((0xffff_ffff, 0))), "msrs");
         assert_eq!(field(|s| s.msrs[0].1 = 1), "msrs");
     }

@@ -1,5 +1,6 @@
 //! What the host's processor is and can execute, and what a backend adds to that.
 
+use super::assurances::Assurances;
 use super::feature::{Feature, FeatureSet, Register};
 
 /// Whose rules a processor follows where vendors differ (SYSCALL, SYSENTER, some reset values).
@@ -137,6 +138,8 @@ pub struct BackendFeatures {
     pub emulated: FeatureSet,
     /// Given where the host's processor has them, because the backend runs the host's own instruction.
     pub native: FeatureSet,
+    /// What its guests may rely on about speculative execution.
+    pub assurances: Assurances,
 }
 
 /// Instructions whose arithmetic the software CPU leaves to the host.
@@ -167,7 +170,11 @@ const HOST_ARITHMETIC: FeatureSet = FeatureSet::of(&[
 impl BackendFeatures {
     /// The software CPU: everything [`Feature`] lists; arithmetic where the host has it.
     pub fn software() -> Self {
-        Self { emulated: FeatureSet::of(Feature::ALL).difference(HOST_ARITHMETIC), native: HOST_ARITHMETIC }
+        Self {
+            emulated: FeatureSet::of(Feature::ALL).difference(HOST_ARITHMETIC),
+            native: HOST_ARITHMETIC,
+            assurances: Assurances::ALL,
+        }
     }
 
     /// What a guest can have on `host`.

@@ -1,5 +1,6 @@
 //! The architectural processor: its state, the named models and the topology.
 
+pub mod assurances;
 mod check;
 mod cpuid;
 pub mod feature;

@@ -13,6 +13,7 @@
 //! What CPUID answers is in `cpuid/`, the registers in [`super::msr`]. The tables are made so that Linux uses
 //! no retpolines, no page-table isolation and no other work-around: see [`super::msr`] for why that is right.
 
+pub use super::assurances::Assurances;
 use super::cpuid;
 pub use super::cpuid::CpuidContext;
 pub use super::feature::{Feature, FeatureSet, Register};
@@ -57,6 +58,7 @@ pub struct CpuModel {
     /// TSC frequency in kHz, told to the guest in CPUID.
     pub tsc_khz: u32,
     features: FeatureSet,
+    assurances: Assurances,
     signature: u32,
     brand: [u8; 48],
     msrs: Vec<MsrEntry>,
@@ -86,7 +88,8 @@ impl CpuModel {
         if !missing.is_empty() {
             return Err(ModelError::Missing { model: name.to_owned(), missing });
         }
-        Self::with_identity(name, host.vendor, features, tsc_khz)
+        let model = Self::with_identity(name, host.vendor, features, tsc_khz)?;
+        Ok(model.with_assurances(backend.assurances))
     }
 
     /// A model with the identity of a saved machine, to be checked against a host by the caller (see
@@ -113,10 +116,29 @@ impl CpuModel {
             vendor,
             tsc_khz,
             features,
+            assurances: Assurances::ALL.of_vendor(vendor),
             signature: signature(vendor),
             brand,
-            msrs: super::msr::table(vendor, &features, PHYSICAL_BITS),
+            msrs: super::msr::table(vendor, &features, Assurances::ALL, PHYSICAL_BITS),
         })
+    }
+
+    /// The same model, promising no more than `assurances` about speculative execution. Without this a model
+    /// promises everything, which is true on the software CPU only.
+    pub fn with_assurances(self, assurances: Assurances) -> Self {
+        let assurances = assurances.of_vendor(self.vendor);
+        let msrs = super::msr::table(self.vendor, &self.features, assurances, PHYSICAL_BITS);
+        Self { assurances, msrs, ..self }
+    }
+
+    /// What it promises about speculative execution: part of a machine's identity.
+    pub fn assurances(&self) -> Assurances {
+        self.assurances
+    }
+
+    /// Whether `backend` keeps what this model promises about speculative execution.
+    pub fn assurances_hold_on(&self, backend: &BackendFeatures) -> bool {
+        self.assurances.hold_on(self.vendor, backend.assurances)
     }
 
     /// The features of this model that `backend` cannot give on `host`.
@@ -184,7 +206,7 @@ impl CpuModel {
     /// Bits that IA32_EFER may have, LMA included: SCE, LME, LMA, NXE, and AutoIBRS on AMD.
     pub fn efer_mask(&self) -> u64 {
         let mut mask = 1 | 1 << 8 | 1 << 10 | 1 << 11;
-        if self.vendor == Vendor::Amd {
+        if self.vendor == Vendor::Amd && self.assurances.automatic_ibrs() {
             mask |= 1 << 21;
         }
         mask

@@ -1,6 +1,7 @@
 //! Tests of the models' tables: exact or refused, and consistent with themselves.
 
 use super::*;
+use crate::cpu::msr::index as msr;
 use crate::cpu::topology::Topology;
 
 fn host(vendor: Vendor) -> HostCpu {
@@ -264,4 +265,29 @@ fn control_register_masks_follow_the_features() {
     assert_eq!(base.cr4_mask() & (1 << 12 | 1 << 13 | 1 << 22 | 1 << 23), 0, "LA57, VMXE, PKE, CET");
     assert_eq!(base.efer_mask(), 0x20_0d01);
     assert_eq!(newer.efer_mask(), 0xd01);
+}
+
+#[test]
+fn a_backend_that_promises_less_is_repeated_and_no_more() {
+    let backend = BackendFeatures { assurances: Assurances::NONE, ..BackendFeatures::software() };
+    for vendor in [Vendor::Intel, Vendor::Amd] {
+        let full = model("atoll-base", vendor);
+        let bare = CpuModel::resolve_for("atoll-base", &host(vendor), &backend, 2_600_000).unwrap();
+        let shown = |m: &CpuModel| {
+            let leaf = |n| ask(m, n, 0);
+            let (eight, last) = (leaf(0x8000_0008).ebx, leaf(0x8000_0021));
+            let amd = if vendor == Vendor::Amd { (eight, last.eax, last.ecx) } else { (0, 0, 0) };
+            (leaf(7).edx >> 26, amd, m.msr(msr::ARCH_CAPABILITIES).map_or(0, |e| e.reset))
+        };
+        assert_eq!(shown(&bare), (0, (0, 0, 0), 0), "{vendor:?}");
+        assert_ne!(shown(&full), shown(&bare));
+        let rule = |m: &CpuModel, index, value| m.msr(index).unwrap().write(0, value, 48).is_ok();
+        assert!(rule(&full, msr::SPEC_CTRL, 7) && rule(&full, msr::PRED_CMD, 1));
+        assert!(!rule(&bare, msr::SPEC_CTRL, 1) && !rule(&bare, msr::PRED_CMD, 1));
+        assert!(bare.assurances_hold_on(&BackendFeatures::software()));
+        assert!(!full.assurances_hold_on(&backend), "a machine from the software CPU was promised more");
+        let again = CpuModel::with_identity("atoll-base", vendor, *full.features(), 2_600_000).unwrap();
+        assert_eq!(again, full, "without further words a model promises everything");
+        assert_eq!(again.with_assurances(bare.assurances()), bare);
+    }
 }

@@ -3,9 +3,16 @@
 //! The table is part of the CPU model. A register that is not in it does not exist: RDMSR and WRMSR fault with
 //! #GP(0). The x2APIC registers 0x800..=0x83f belong to the local APIC and are not listed.
 //!
+//! Under the software CPU the registers about speculation say: not vulnerable to anything that a guest would
+//! otherwise work around, and enhanced IBRS instead of retpolines. Guest user and guest kernel share one host
+//! process there, so isolation inside a guest against speculation is the host's affair; work-arounds inside the
+//! guest would cost much and add nothing. On other backends they say what the host says: see
+//! [`super::assurances`].
+//!
 //! Specifications: Intel SDM vol. 4; AMD APM vol. 2 appendix A; the KVM registers follow the Linux kernel's
 //! description of its paravirtual interface.
 
+use super::assurances::Assurances;
 use super::feature::{Feature, FeatureSet};
 use super::host::Vendor;
 
@@ -158,11 +165,19 @@ fn is_memory_type(kind: u8, uncached_minus: bool) -> bool {
 }
 
 /// The table of a model, sorted by index.
-pub(super) fn table(vendor: Vendor, features: &FeatureSet, physical_bits: u8) -> Vec<MsrEntry> {
+pub(super) fn table(
+    vendor: Vendor,
+    features: &FeatureSet,
+    assurances: Assurances,
+    physical_bits: u8,
+) -> Vec<MsrEntry> {
     let mut list = common(features, physical_bits);
+    // IBRS, STIBP, SSBD; IBPB.
+    list.push(entry(index::SPEC_CTRL, 0, MsrKind::Plain { writable: assurances.spec_ctrl_bits(vendor) }));
+    list.push(entry(index::PRED_CMD, 0, MsrKind::Command { allowed: assurances.pred_cmd_bits(vendor) }));
     match vendor {
-        Vendor::Intel => list.extend(intel()),
-        Vendor::Amd => list.extend(amd()),
+        Vendor::Intel => list.extend(intel(assurances)),
+        Vendor::Amd => list.extend(amd(assurances)),
     }
     list.sort_by_key(|e| e.index);
     list
@@ -186,8 +201,6 @@ fn common(features: &FeatureSet, physical_bits: u8) -> Vec<MsrEntry> {
         entry(KVM_WALL_CLOCK_OLD, 0, Engine),
         entry(KVM_SYSTEM_TIME_OLD, 0, Engine),
         entry(APIC_BASE, 0xfee0_0800, Engine),
-        entry(SPEC_CTRL, 0, Plain { writable: 0b111 }), // IBRS, STIBP, SSBD: accepted, nothing to do
-        entry(PRED_CMD, 0, Command { allowed: 1 }),     // IBPB
         // WC, fixed ranges, 8 variable ranges.
         entry(MTRR_CAP, 1 << 10 | 1 << 8 | u64::from(MTRR_VARIABLE_COUNT), ReadOnly),
         entry(MCG_CAP, 0, ReadOnly), // no banks
@@ -231,30 +244,7 @@ fn common(features: &FeatureSet, physical_bits: u8) -> Vec<MsrEntry> {
     list
 }
 
-/// IA32_ARCH_CAPABILITIES: not vulnerable to anything that a guest would otherwise work around, and enhanced
-/// IBRS instead of retpolines. RDCL_NO 0, IBRS_ALL 1, SKIP_L1DFL_VMENTRY 3, SSB_NO 4, MDS_NO 5,
-/// PSCHANGE_MC_NO 6, TAA_NO 8, SBDR_SSDP_NO 13, FBSDP_NO 14, PSDP_NO 15, BHI_NO 20, PBRSB_NO 24, GDS_NO 26,
-/// RFDS_NO 27, ITS_NO 62.
-///
-/// Guest user and guest kernel share one host process under the software CPU, so isolation inside a guest
-/// against speculation is the host's affair; work-arounds inside the guest would cost much and add nothing.
-const NOT_VULNERABLE: u64 = 1
-    | 1 << 1
-    | 1 << 3
-    | 1 << 4
-    | 1 << 5
-    | 1 << 6
-    | 1 << 8
-    | 1 << 13
-    | 1 << 14
-    | 1 << 15
-    | 1 << 20
-    | 1 << 24
-    | 1 << 26
-    | 1 << 27
-    | 1 << 62;
-
-fn intel() -> Vec<MsrEntry> {
+fn intel(assurances: Assurances) -> Vec<MsrEntry> {
     use MsrKind::*;
     use index::*;
     // Fast strings on; branch trace store and precise event sampling unavailable.
@@ -265,7 +255,7 @@ fn intel() -> Vec<MsrEntry> {
         entry(PLATFORM_ID, 0, ReadOnly),
         entry(BIOS_SIGN_ID, 1 << 32, WriteIgnored), // microcode revision 1
         entry(PLATFORM_INFO, 0, ReadOnly),
-        entry(ARCH_CAPABILITIES, NOT_VULNERABLE, ReadOnly),
+        entry(ARCH_CAPABILITIES, assurances.arch_capabilities, ReadOnly),
         entry(SYSENTER_CS, 0, Masked { writable: 0xffff_ffff }),
         entry(SYSENTER_ESP, 0, Canonical),
         entry(SYSENTER_EIP, 0, Canonical),
@@ -273,7 +263,7 @@ fn intel() -> Vec<MsrEntry> {
     ]
 }
 
-fn amd() -> Vec<MsrEntry> {
+fn amd(assurances: Assurances) -> Vec<MsrEntry> {
     use MsrKind::*;
     use index::*;
     vec![
@@ -284,13 +274,13 @@ fn amd() -> Vec<MsrEntry> {
         entry(AMD_SYSCFG, 0, Masked { writable: 0x7c_0000 }),
         // TscFreqSel: the TSC counts at the P0 frequency. McStatusWrEn may be set.
         entry(AMD_HWCR, 1 << 24, Masked { writable: 1 << 18 }),
-        entry(0xc001_001a, 0, WriteIgnored),     // TOP_MEM
-        entry(0xc001_001d, 0, WriteIgnored),     // TOP_MEM2
-        entry(0xc001_001f, 0, WriteIgnored),     // NB_CFG
-        entry(0xc001_0055, 0, WriteIgnored),     // interrupt pending message
-        entry(0xc001_0058, 0, WriteIgnored),     // MMIO configuration base: ECAM is described by ACPI
-        entry(0xc001_1022, 0, WriteIgnored),     // DC_CFG
-        entry(AMD_DE_CFG, 1 << 1, WriteIgnored), // LFENCE serialises
-        entry(0xc001_102a, 0, WriteIgnored),     // BU_CFG2
+        entry(0xc001_001a, 0, WriteIgnored), // TOP_MEM
+        entry(0xc001_001d, 0, WriteIgnored), // TOP_MEM2
+        entry(0xc001_001f, 0, WriteIgnored), // NB_CFG
+        entry(0xc001_0055, 0, WriteIgnored), // interrupt pending message
+        entry(0xc001_0058, 0, WriteIgnored), // MMIO configuration base: ECAM is described by ACPI
+        entry(0xc001_1022, 0, WriteIgnored), // DC_CFG
+        entry(AMD_DE_CFG, u64::from(assurances.lfence_serialises()) << 1, WriteIgnored),
+        entry(0xc001_102a, 0, WriteIgnored), // BU_CFG2
     ]
 }

@@ -81,16 +81,11 @@ fn leaf_4(subleaf: u32, ctx: &CpuidContext<'_>) -> CpuidResult {
 }
 
 fn leaf_7(model: &CpuModel) -> CpuidResult {
-    // Intel: IBRS and IBPB 26, STIBP 27, ARCH_CAPABILITIES 29, SSBD 31. AMD shows its own in 0x8000_0008.
-    let speculation = match model.vendor {
-        Vendor::Intel => 1 << 26 | 1 << 27 | 1 << 29 | 1 << 31,
-        Vendor::Amd => 0,
-    };
     CpuidResult {
         eax: 0,
         ebx: bits(model, 7, 0, Register::Ebx),
         ecx: bits(model, 7, 0, Register::Ecx),
-        edx: bits(model, 7, 0, Register::Edx) | speculation,
+        edx: bits(model, 7, 0, Register::Edx) | model.assurances().leaf_7_edx,
     }
 }
 

@@ -37,7 +37,7 @@ pub(super) fn answer(model: &CpuModel, leaf: u32, subleaf: u32, ctx: &CpuidConte
             cache(&AMD_CACHES, subleaf, |level| if level < 3 { threads } else { package })
         }
         0x8000_001e if amd => leaf_1e(ctx),
-        0x8000_0021 if amd => leaf_21(),
+        0x8000_0021 if amd => leaf_21(model),
         _ => CpuidResult::default(),
     }
 }
@@ -88,12 +88,9 @@ fn leaf_8(model: &CpuModel, ctx: &CpuidContext<'_>) -> CpuidResult {
     if model.vendor == Vendor::Intel {
         return CpuidResult { eax, ..CpuidResult::default() };
     }
-    // XSAVE always saves the x87 error pointers 2, IBPB 12, IBRS 14, STIBP 15, IBRS protects from same mode 19,
-    // SSBD 24, no speculative store bypass 26, no branch type confusion 29.
-    let ebx = 1 << 2 | 1 << 12 | 1 << 14 | 1 << 15 | 1 << 19 | 1 << 24 | 1 << 26 | 1 << 29;
     let id_bits = ctx.topology.core_bits() + ctx.topology.thread_bits();
     let ecx = (per_package(ctx.topology) - 1) & 0xff | (id_bits & 0xf) << 12;
-    CpuidResult { eax, ebx, ecx, edx: 0 }
+    CpuidResult { eax, ebx: model.assurances().extended_8_ebx, ecx, edx: 0 }
 }
 
 fn leaf_1e(ctx: &CpuidContext<'_>) -> CpuidResult {
@@ -109,8 +106,7 @@ fn leaf_1e(ctx: &CpuidContext<'_>) -> CpuidResult {
     }
 }
 
-/// No nested data breakpoints 0, LFENCE serialises 2, a null selector clears the base 6, automatic IBRS 8,
-/// no SMM control register 9, no speculative return overflow 29; ECX: no transient scheduler attack 1 and 2.
-fn leaf_21() -> CpuidResult {
-    CpuidResult { eax: 1 | 1 << 2 | 1 << 6 | 1 << 8 | 1 << 9 | 1 << 29, ebx: 0, ecx: 1 << 1 | 1 << 2, edx: 0 }
+fn leaf_21(model: &CpuModel) -> CpuidResult {
+    let assurances = model.assurances();
+    CpuidResult { eax: assurances.extended_21_eax, ecx: assurances.extended_21_ecx, ..CpuidResult::default() }
 }
