@@ -7,7 +7,7 @@
 //! ```
 
 use std::ops::{Deref, DerefMut};
-use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, Weak};
 use std::time::Duration;
 
@@ -120,19 +120,27 @@ impl<P: Partition> CpuIo for Seat<'_, P> {
     }
 }
 
-/// A legacy interrupt controller with one request.
+/// A legacy interrupt controller with one line. Requests count: each is acknowledged once.
 #[derive(Default)]
 pub struct OneLinePic {
-    vector: AtomicU8,
+    requests: Mutex<Requests>,
     acknowledged: AtomicU32,
     /// Weak, because what it leads to holds this controller.
     sink: OnceLock<Weak<dyn ExtIntSink>>,
 }
 
+#[derive(Default)]
+struct Requests {
+    waiting: u32,
+    vector: u8,
+}
+
 impl OneLinePic {
     /// Requests an interrupt with `vector`.
     pub fn raise(&self, vector: u8) {
-        self.vector.store(vector, Ordering::SeqCst);
+        let mut requests = lock(&self.requests);
+        requests.vector = vector;
+        requests.waiting += 1;
         self.drive(true);
     }
 
@@ -151,8 +159,16 @@ impl OneLinePic {
 impl ExtIntSource for OneLinePic {
     fn acknowledge(&self) -> u8 {
         self.acknowledged.fetch_add(1, Ordering::SeqCst);
-        self.drive(false);
-        self.vector.load(Ordering::SeqCst)
+        let mut requests = lock(&self.requests);
+        requests.waiting = requests.waiting.saturating_sub(1);
+        if requests.waiting == 0 {
+            self.drive(false);
+        } else {
+            // As a controller's output falls during the acknowledge cycle and rises for the next request.
+            self.drive(false);
+            self.drive(true);
+        }
+        requests.vector
     }
 }
 
@@ -408,6 +424,13 @@ impl<P: Partition> Machine<P> {
     /// Sends a message-signalled interrupt.
     pub fn msi(&self, address: u64, data: u32) {
         self.partition.msi_sink().signal_msi(Msi { address, data });
+    }
+
+    /// Announces that pin `pin` of an IOAPIC is level-triggered and sends this message, where the backend asks for it.
+    pub fn level_route(&self, pin: u32, address: u64, data: u32) {
+        if let Some(routes) = self.partition.ioapic_routes() {
+            routes.set_route(pin, Some(Msi { address, data }));
+        }
     }
 
     /// Waits until `happened`, at most [`TIME_LIMIT`].

@@ -1,15 +1,17 @@
 //! Interrupts of one vCPU: acceptance, priority, holding back, ends, and the legacy controller.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use atoll_machine::backend::{Backend, Partition};
+use atoll_machine::backend::{Backend, Partition, Vcpu};
 use atoll_machine::cpu::state::gpr;
 use atoll_machine::interrupt::Msi;
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
 use crate::fixture::Machine;
-use crate::payload::{APIC, Payload, count_of, return_of};
+use crate::payload::{APIC, DATA, Payload, count_of, return_of};
 
 /// Makes the hook send the message with the written value as its vector. Port 0xe1 sends it level-triggered.
 fn messages_from_hook<P: Partition>(machine: &Machine<P>) {
@@ -149,6 +151,7 @@ pub(crate) fn higher_vectors_go_first<B: Backend>(backend: &B) {
 pub(crate) fn level_triggered_end_is_told<B: Backend>(backend: &B) {
     let machine = Machine::new(backend, 1);
     messages_from_hook(&machine);
+    machine.level_route(20, APIC, 0xc033);
     let mut guest = machine.long(0, |a| {
         a.interrupts(&[0x33, 0x34]);
         a.sti()?;
@@ -163,6 +166,62 @@ pub(crate) fn level_triggered_end_is_told<B: Backend>(backend: &B) {
     });
     machine.finish(&mut guest);
     assert_eq!(machine.eoi.vectors(), [0x33, 0x33]);
+}
+
+/// A program that takes each vector of `vectors` once, sent by the hook with its number in the list.
+fn take_each<P: Partition>(machine: &Machine<P>, vectors: &[u8]) {
+    let mut guest = machine.long(0, |a| {
+        a.interrupts(vectors);
+        a.sti()?;
+        for (number, vector) in vectors.iter().enumerate() {
+            a.hook(0xe0, number as u8)?;
+            a.await_interrupt(*vector, 1)?;
+        }
+        a.exit()?;
+        Ok(vec![])
+    });
+    machine.finish(&mut guest);
+}
+
+pub(crate) fn every_pin_is_told_of_its_end<B: Backend>(backend: &B) {
+    let machine = Machine::new(backend, 1);
+    let vectors: Vec<u8> = (0..24).map(|pin| 0x30 + pin * 7).collect();
+    for (pin, vector) in vectors.iter().enumerate() {
+        machine.level_route(pin as u32, APIC, 0xc000 | u32::from(*vector));
+    }
+    let (sink, sent) = (machine.partition.msi_sink(), vectors.clone());
+    machine.on_hook(move |_, _, pin| {
+        let vector = sent.get(pin as usize).copied().unwrap_or(0xff);
+        sink.signal_msi(Msi { address: APIC, data: 0xc000 | u32::from(vector) });
+    });
+    take_each(&machine, &vectors);
+    assert_eq!(machine.eoi.vectors(), vectors);
+}
+
+pub(crate) fn level_triggered_end_is_told_wherever_it_is_sent<B: Backend>(backend: &B) {
+    const VECTOR: u8 = 0x44;
+    let machine = Machine::new(backend, 2);
+    let program = |a: &mut Payload| {
+        let (index, rounds) = (a.index, if a.index == 0 { 2 } else { 1 });
+        a.interrupts(&[VECTOR]);
+        a.sti()?;
+        a.await_value(count_of(index, VECTOR), rounds)?;
+        a.exit()?;
+        Ok(vec![])
+    };
+    let mut guests: Vec<_> = (0..2).map(|index| machine.long(index, program)).collect();
+    std::thread::scope(|scope| {
+        for guest in &mut guests {
+            scope.spawn(|| machine.finish(guest));
+        }
+        for (ends, to) in [(1, 0), (2, 1), (3, 0)] {
+            let (address, data) = (APIC | to << 12, 0xc000 | u32::from(VECTOR));
+            machine.level_route(9, address, data);
+            machine.msi(address, data);
+            machine.wait_for("the end", || machine.eoi.vectors().len() == ends);
+        }
+    });
+    assert_eq!(machine.eoi.vectors(), [VECTOR; 3]);
 }
 
 /// Makes the hook raise NMI.
@@ -222,6 +281,133 @@ pub(crate) fn nmi_waits_for_the_end_of_the_handler<B: Backend>(backend: &B) {
     });
     let state = machine.finish(&mut guest);
     assert_eq!((state.gpr[gpr::RBX], state.gpr[gpr::RSI]), (2, 1), "handlers do not nest");
+}
+
+pub(crate) fn nmi_ends_a_halt<B: Backend>(backend: &B) {
+    let machine = Machine::new(backend, 1);
+    let partition = machine.partition.clone();
+    machine.on_hook(move |index, _, _| {
+        let partition = partition.clone();
+        std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(3));
+            partition.inject_nmi(index);
+        });
+    });
+    let mut guest = machine.long(0, |a| {
+        a.interrupts(&[2]);
+        a.cli()?;
+        for _ in 0..5 {
+            a.hook(0xe0, 0)?;
+            a.hlt()?;
+        }
+        a.exit()?;
+        Ok(vec![])
+    });
+    machine.finish(&mut guest);
+    assert_eq!(machine.handled(0, 2), 5, "each halt ended with one NMI");
+}
+
+pub(crate) fn legacy_interrupt_waits_for_the_window<B: Backend>(backend: &B) {
+    let machine = Machine::new(backend, 1);
+    let pic = machine.pic.clone();
+    let early = Arc::new(AtomicU32::new(u32::MAX));
+    let seen = early.clone();
+    machine.on_hook(move |_, port, value| match port {
+        0xe0 => pic.raise(value as u8),
+        _ => seen.store(pic.acknowledged(), Ordering::SeqCst),
+    });
+    let mut guest = machine.long(0, |a| {
+        let mut held = a.create_label();
+        a.interrupts(&[0x28]);
+        a.cli()?;
+        a.hook(0xe0, 0x28)?;
+        dawdle(a)?;
+        a.hook(0xe1, 0)?;
+        a.sti()?;
+        a.nop()?;
+        a.set_label(&mut held)?;
+        a.nop()?;
+        a.await_interrupt(0x28, 1)?;
+        a.exit()?;
+        Ok(vec![held])
+    });
+    machine.finish(&mut guest);
+    assert_eq!(early.load(Ordering::SeqCst), 0, "not acknowledged while it cannot be delivered");
+    assert_eq!(machine.u64_at(return_of(0, 0x28)), guest.labels[0], "one instruction after STI");
+    assert_eq!(machine.pic.acknowledged(), 1);
+}
+
+/// A program that works with interrupts off and on and halts, until the byte at [`DATA`] is set.
+fn busy_and_idle(a: &mut Payload) -> Result<(), IcedError> {
+    let (mut again, mut end) = (a.create_label(), a.create_label());
+    a.set_label(&mut again)?;
+    a.cli()?;
+    for _ in 0..20 {
+        a.nop()?;
+    }
+    a.cmp(byte_ptr(DATA), 0)?;
+    a.jne(end)?;
+    a.sti()?;
+    a.hlt()?;
+    for _ in 0..20 {
+        a.nop()?;
+    }
+    a.jmp(again)?;
+    a.set_label(&mut end)?;
+    a.sti()?;
+    a.nop()?;
+    a.cli()?;
+    a.exit()
+}
+
+/// Raises the legacy interrupt `ticks` times, every 200 us, as a timer does that remembers what was not taken yet.
+/// Then lets the program end.
+fn tick<P: Partition>(machine: &Machine<P>, ticks: u32, meanwhile: impl Fn()) {
+    for _ in 0..ticks {
+        machine.pic.raise(0x28);
+        meanwhile();
+        std::thread::sleep(Duration::from_micros(200));
+    }
+    machine.wait_for("the last tick", || machine.handled(0, 0x28) == u64::from(ticks));
+    machine.write(DATA, &[1]);
+    machine.pic.raise(0x29);
+}
+
+pub(crate) fn periodic_legacy_interrupts_lose_no_tick<B: Backend>(backend: &B) {
+    const TICKS: u32 = 500;
+    let machine = Machine::new(backend, 1);
+    let mut guest = machine.long(0, |a| {
+        a.interrupts(&[0x28, 0x29]);
+        busy_and_idle(a)?;
+        Ok(vec![])
+    });
+    std::thread::scope(|scope| {
+        scope.spawn(|| tick(&machine, TICKS, || {}));
+        machine.finish(&mut guest);
+    });
+    assert_eq!(machine.handled(0, 0x28), u64::from(TICKS));
+    assert!((TICKS..=TICKS + 1).contains(&machine.pic.acknowledged()), "{}", machine.pic.acknowledged());
+}
+
+pub(crate) fn stops_lose_no_legacy_interrupt<B: Backend>(backend: &B) {
+    const TICKS: u32 = 400;
+    let machine = Machine::new(backend, 1);
+    let mut guest = machine.long(0, |a| {
+        a.interrupts(&[0x28, 0x29]);
+        busy_and_idle(a)?;
+        Ok(vec![])
+    });
+    std::thread::scope(|scope| {
+        // The stop comes right after the request: before, in and after its delivery.
+        scope.spawn(|| tick(&machine, TICKS, || machine.stop(0)));
+        while machine.u64_at(DATA) & 0xff == 0 {
+            machine.run(&mut guest);
+            let state = guest.state();
+            guest.set_state(&state).expect("its own state");
+        }
+    });
+    let (handled, acknowledged) = (machine.handled(0, 0x28), machine.pic.acknowledged());
+    assert_eq!(handled, u64::from(TICKS), "of {acknowledged} that were acknowledged");
 }
 
 pub(crate) fn legacy_interrupt_is_acknowledged_once<B: Backend>(backend: &B) {

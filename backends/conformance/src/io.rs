@@ -1,6 +1,10 @@
 //! Port and memory-mapped access: which accesses leave a vCPU, how wide, in which order, with which data.
 
-use atoll_machine::backend::Backend;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use atoll_machine::backend::{Backend, HaltReason, Partition, Vcpu};
+use atoll_machine::bus::MmioDevice;
 use atoll_machine::cpu::state::gpr;
 use iced_x86::code_asm::*;
 
@@ -135,10 +139,6 @@ pub(crate) fn mmio_widths_arrive_whole<B: Backend>(backend: &B) {
         a.movzx(edx, word_ptr(rbx + 0x12))?;
         a.mov(esi, dword_ptr(rbx + 0x14))?;
         a.mov(rdi, qword_ptr(rbx + 0x18))?;
-        a.movdqu(xmm0, xmmword_ptr(rbx + 0x20))?;
-        a.movdqu(xmmword_ptr(rbx + 0x30), xmm0)?;
-        a.vmovdqu(ymm1, ymmword_ptr(rbx + 0x40))?;
-        a.vmovdqu(ymmword_ptr(rbx + 0x80), ymm1)?;
         a.exit()?;
         Ok(vec![])
     });
@@ -155,18 +155,121 @@ pub(crate) fn mmio_widths_arrive_whole<B: Backend>(backend: &B) {
         Access::Read(0x14, 4),
         Access::Read(0x18, 8),
     ];
-    assert_eq!(log[..8], narrow);
-    let ramp = |from: u8, len: u8| -> Vec<u8> { (0..len).map(|i| from + 0x40 + i).collect() };
-    let wide = [
-        Access::Read(0x20, 16),
-        Access::Write(0x30, ramp(0x20, 16)),
-        Access::Read(0x40, 32),
-        Access::Write(0x80, ramp(0x40, 32)),
-    ];
-    assert_eq!(bytes_of(&log[8..]), bytes_of(&wide));
+    assert_eq!(log, narrow);
     let seen = [state.gpr[gpr::RCX], state.gpr[gpr::RDX], state.gpr[gpr::RSI], state.gpr[gpr::RDI]];
     assert_eq!(seen, [0x51, 0x5352, 0x5756_5554, 0x5f5e_5d5c_5b5a_5958]);
+}
+
+pub(crate) fn mmio_of_16_bytes_arrives<B: Backend>(backend: &B) {
+    let (machine, cells) = with_cells(backend, 1);
+    let mut guest = machine.long(0, |a| {
+        a.mov(rbx, DEVICE)?;
+        a.movdqu(xmm0, xmmword_ptr(rbx + 0x20))?;
+        a.movdqu(xmmword_ptr(rbx + 0x30), xmm0)?;
+        a.exit()?;
+        Ok(vec![])
+    });
+    machine.finish(&mut guest);
+    let wide = [Access::Read(0x20, 16), Access::Write(0x30, ramp(0x20, 16))];
+    assert_eq!(bytes_of(&cells.take_log()), bytes_of(&wide));
+    assert_eq!(cells.bytes()[0x30..0x40], ramp(0x20, 16));
+}
+
+pub(crate) fn mmio_of_32_bytes_arrives<B: Backend>(backend: &B) {
+    let (machine, cells) = with_cells(backend, 1);
+    let mut guest = machine.long(0, |a| {
+        a.mov(rbx, DEVICE)?;
+        a.vmovdqu(ymm1, ymmword_ptr(rbx + 0x40))?;
+        a.vmovdqu(ymmword_ptr(rbx + 0x80), ymm1)?;
+        a.exit()?;
+        Ok(vec![])
+    });
+    machine.finish(&mut guest);
+    let wide = [Access::Read(0x40, 32), Access::Write(0x80, ramp(0x40, 32))];
+    assert_eq!(bytes_of(&cells.take_log()), bytes_of(&wide));
     assert_eq!(cells.bytes()[0x80..0xa0], ramp(0x40, 32));
+}
+
+/// Calls a function at each read; reads as zero but for the count of reads in its low byte.
+struct Alarm {
+    at: u32,
+    reads: AtomicU32,
+    alarm: OnceLock<Box<dyn Fn() + Send + Sync>>,
+}
+
+impl MmioDevice for Alarm {
+    fn mmio_read(&self, _offset: u64, data: &mut [u8]) {
+        let count = self.reads.fetch_add(1, Ordering::SeqCst) + 1;
+        data.fill(0);
+        data[0] = count as u8;
+        if count == self.at
+            && let Some(alarm) = self.alarm.get()
+        {
+            alarm();
+        }
+    }
+    fn mmio_write(&self, _offset: u64, _data: &[u8]) {}
+}
+
+/// A machine whose device at [`DEVICE`] stops vCPU 0 at read number `at`.
+fn with_alarm<B: Backend>(backend: &B, at: u32) -> Machine<B::Partition> {
+    let machine = Machine::new(backend, 1);
+    let alarm = Arc::new(Alarm { at, reads: AtomicU32::new(0), alarm: OnceLock::new() });
+    machine.memory.map_mmio(DEVICE, 4096, alarm.clone(), 0).expect("mapping a device");
+    let (stop, partition) = (machine.stop_flag(0).clone(), Arc::downgrade(&machine.partition));
+    let ring = move || {
+        stop.set();
+        if let Some(partition) = partition.upgrade() {
+            partition.kick(0);
+        }
+    };
+    let _ = alarm.alarm.set(Box::new(ring));
+    machine
+}
+
+pub(crate) fn a_stop_during_an_access_leaves_a_boundary<B: Backend>(backend: &B) {
+    let machine = with_alarm(backend, 1);
+    let mut guest = machine.long(0, |a| {
+        let mut after = a.create_label();
+        a.mov(rbx, DEVICE)?;
+        a.mov(rax, -1i64 as u64)?;
+        a.mov(rax, qword_ptr(rbx))?;
+        a.set_label(&mut after)?;
+        a.mov(rcx, rax)?;
+        a.exit()?;
+        Ok(vec![after])
+    });
+    assert_eq!(machine.run(&mut guest), HaltReason::Stopped);
+    let state = guest.state();
+    assert_eq!((state.rip, state.gpr[gpr::RAX]), (guest.labels[0], 1), "the access is complete");
+    guest.set_state(&state).expect("its own state");
+    assert_eq!(machine.finish(&mut guest).gpr[gpr::RCX], 1, "the access is not made again");
+}
+
+pub(crate) fn a_stop_during_a_string_access_leaves_an_element_boundary<B: Backend>(backend: &B) {
+    for at in 1..=3 {
+        let machine = with_alarm(backend, at);
+        let mut guest = machine.long(0, |a| {
+            a.mov(rsi, DEVICE)?;
+            a.mov(rdi, DATA)?;
+            a.mov(ecx, 5u32)?;
+            a.rep().movsb()?;
+            a.exit()?;
+            Ok(vec![])
+        });
+        assert_eq!(machine.run(&mut guest), HaltReason::Stopped);
+        let state = guest.state();
+        let done = state.gpr[gpr::RDI] - DATA;
+        assert_eq!(done + state.gpr[gpr::RCX], 5, "stopped at element {at}");
+        assert!(done >= u64::from(at), "{done} of {at} elements are in memory");
+        guest.set_state(&state).expect("its own state");
+        machine.finish(&mut guest);
+        assert_eq!(machine.u64_at(DATA), 0x05_0403_0201, "stopped at element {at}: each read once");
+    }
+}
+
+fn ramp(from: u8, len: u8) -> Vec<u8> {
+    (0..len).map(|i| from + 0x40 + i).collect()
 }
 
 pub(crate) fn mmio_across_a_page_is_split<B: Backend>(backend: &B) {

@@ -11,6 +11,7 @@
 //! failure with a name.
 
 mod dirty;
+mod events;
 pub mod fixture;
 mod interrupts;
 mod io;
@@ -53,8 +54,10 @@ pub fn cases<B: Backend>() -> Vec<Case<B>> {
             state_at_a_stop_is_a_boundary saved_form_round_trips;
         io:
             port_widths_reach_the_board_in_order string_output_and_input_keep_order
-            mmio_widths_arrive_whole mmio_across_a_page_is_split mmio_read_modify_write_reads_once_and_writes_once
-            mmio_string_move_accesses_each_element port_access_in_real_mode;
+            mmio_widths_arrive_whole mmio_of_16_bytes_arrives mmio_of_32_bytes_arrives mmio_across_a_page_is_split mmio_read_modify_write_reads_once_and_writes_once
+            mmio_string_move_accesses_each_element port_access_in_real_mode
+            a_stop_during_an_access_leaves_a_boundary
+            a_stop_during_a_string_access_leaves_an_element_boundary;
         memory:
             rom_ignores_writes rom_device_takes_writes unmapped_reads_are_all_ones
             region_mapped_while_running_is_seen region_moved_away_is_gone code_changed_by_the_guest_runs_changed
@@ -65,8 +68,11 @@ pub fn cases<B: Backend>() -> Vec<Case<B>> {
         interrupts:
             message_reaches_the_addressed_vector interrupt_flag_holds_interrupts_back sti_holds_one_instruction_longer
             task_priority_masks_lower_classes higher_vectors_go_first level_triggered_end_is_told
-            nmi_ignores_the_interrupt_flag nmi_waits_for_the_end_of_the_handler
-            legacy_interrupt_is_acknowledged_once masked_legacy_interrupt_waits halt_ends_with_an_interrupt
+            every_pin_is_told_of_its_end level_triggered_end_is_told_wherever_it_is_sent
+            nmi_ignores_the_interrupt_flag nmi_waits_for_the_end_of_the_handler nmi_ends_a_halt
+            legacy_interrupt_is_acknowledged_once masked_legacy_interrupt_waits
+            legacy_interrupt_waits_for_the_window periodic_legacy_interrupts_lose_no_tick
+            stops_lose_no_legacy_interrupt halt_ends_with_an_interrupt
             x2apic_registers_and_self_ipi;
         timers:
             one_shot_fires_once_and_not_early periodic_fires_again tsc_deadline_fires_and_disarms
@@ -77,9 +83,12 @@ pub fn cases<B: Backend>() -> Vec<Case<B>> {
         dirty:
             two_readers_see_exactly_the_pages_written page_table_updates_are_seen
             log_is_complete_while_another_vcpu_writes;
+        events:
+            doorbell_signals_instead_of_an_access doorbell_with_a_value_takes_that_value_only
+            unbound_doorbell_is_an_access_again bound_event_sends_its_message dropped_binding_sends_nothing;
         lifecycle:
             kick_stops_a_tight_loop kick_stops_a_halt_without_interrupts kick_stops_a_wait_for_sipi
-            a_stop_asked_for_before_the_run_is_seen stopped_vcpu_continues_where_it_was
+            a_stop_asked_for_before_the_run_is_seen kicks_without_a_stop_change_nothing stopped_vcpu_continues_where_it_was
             triple_fault_is_reported budget_is_exact indices_out_of_range_are_refused;
         moving:
             moved_at_every_budget_gives_the_same_result moved_at_random_times_gives_the_same_result;

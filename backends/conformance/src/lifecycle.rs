@@ -1,5 +1,6 @@
 //! Stopping, shutting down, counting.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use atoll_machine::backend::{Backend, HaltReason, Partition, Vcpu};
@@ -105,6 +106,35 @@ pub(crate) fn stopped_vcpu_continues_where_it_was<B: Backend>(backend: &B) {
         stops += 1;
     }
     assert_eq!(guest.state().gpr[gpr::RAX], TURNS * (TURNS + 1) / 2, "after {stops} stops");
+}
+
+pub(crate) fn kicks_without_a_stop_change_nothing<B: Backend>(backend: &B) {
+    const TURNS: u32 = 3_000_000;
+    let machine = Machine::new(backend, 1);
+    let mut guest = machine.long(0, |a| {
+        let mut again = a.create_label();
+        a.mov(ecx, TURNS)?;
+        a.xor(eax, eax)?;
+        a.set_label(&mut again)?;
+        a.inc(rax)?;
+        a.dec(ecx)?;
+        a.jne(again)?;
+        a.exit()?;
+        Ok(vec![])
+    });
+    let done = AtomicBool::new(false);
+    let state = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::SeqCst) {
+                machine.partition.kick(0);
+                std::thread::sleep(Duration::from_micros(50));
+            }
+        });
+        let state = machine.finish(&mut guest);
+        done.store(true, Ordering::SeqCst);
+        state
+    });
+    assert_eq!(state.gpr[gpr::RAX], u64::from(TURNS));
 }
 
 pub(crate) fn triple_fault_is_reported<B: Backend>(backend: &B) {
