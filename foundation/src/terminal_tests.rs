@@ -86,10 +86,22 @@ fn child() {
     let Ok(how) = std::env::var(HOW) else { return };
     // SAFETY: setrlimit reads a valid structure; no core file is wanted.
     unsafe { libc::setrlimit(libc::RLIMIT_CORE, &libc::rlimit { rlim_cur: 0, rlim_max: 0 }) };
+    // A test runner in a shell's background has SIGINT and SIGQUIT ignored, and its children inherit that.
+    let action = if how == "ignored" { libc::SIG_IGN } else { libc::SIG_DFL };
+    for signal in [libc::SIGINT, libc::SIGQUIT] {
+        // SAFETY: sets a disposition without a handler.
+        unsafe { libc::signal(signal, action) };
+    }
     let guard = RawMode::enter(io::stdin()).unwrap();
     assert!(is_raw(&File::from(io::stdin().as_fd().try_clone_to_owned().unwrap())));
     match how.as_str() {
         "exit" => std::process::exit(7),
+        "ignored" => {
+            // SAFETY: sends a signal to this process.
+            unsafe { libc::kill(libc::getpid(), libc::SIGINT) };
+            drop(guard);
+            std::process::exit(5);
+        }
         "abort" => std::process::abort(),
         "panic" => {
             // The hook must do it, not the guard.
@@ -124,6 +136,12 @@ fn exit_restores() {
     let (status, restored) = run_child("exit");
     assert_eq!(status.code(), Some(7));
     assert!(restored);
+}
+
+#[test]
+fn a_signal_that_was_ignored_stays_ignored() {
+    let (status, restored) = run_child("ignored");
+    assert_eq!((status.code(), restored), (Some(5), true));
 }
 
 #[test]
