@@ -24,18 +24,21 @@ impl MmioDevice for Nothing {
     fn mmio_write(&self, _offset: u64, _data: &[u8]) {}
 }
 
-struct Guest {
+/// A guest of one vCPU without interrupts.
+pub(crate) struct Guest {
+    pub(crate) vm: Arc<VmFd>,
     slots: Arc<Slots>,
     space: Arc<AddressSpace>,
     ram: Arc<RamBlock>,
     vcpu: VcpuFd,
-    mmio: Vec<(u64, bool)>,
+    /// Addresses of accesses that left the guest, and whether they were writes.
+    pub(crate) mmio: Vec<(u64, bool)>,
     full: u32,
 }
 
 impl Guest {
     /// A guest in real mode that starts at 0:1000 with `code`. `None`, with a printed reason, without KVM.
-    fn new(code: &[u8], ring: bool) -> Option<Self> {
+    pub(crate) fn new(code: &[u8], ring: bool) -> Option<Self> {
         let kvm = match Kvm::new() {
             Ok(kvm) => kvm,
             Err(error) => {
@@ -69,7 +72,12 @@ impl Guest {
         let mut regs = vcpu.get_regs().expect("registers");
         (regs.rip, regs.rflags, regs.rsp) = (P, 2, 0x800);
         vcpu.set_regs(&regs).expect("registers");
-        Some(Self { slots, space, ram, vcpu, mmio: Vec::new(), full: 0 })
+        Some(Self { vm, slots, space, ram, vcpu, mmio: Vec::new(), full: 0 })
+    }
+
+    /// Takes the page of RAM at `gpa` away.
+    pub(crate) fn hole(&self, gpa: u64) {
+        self.space.map_mmio(gpa, P, Arc::new(Nothing), 1).expect("mapping a device");
     }
 
     /// Switches the guest to 32-bit code with flat segments.
@@ -85,7 +93,7 @@ impl Guest {
     }
 
     /// Runs until the guest writes a port, and returns what it wrote; its memory accesses are answered meanwhile.
-    fn run(&mut self) -> u8 {
+    pub(crate) fn run(&mut self) -> u8 {
         loop {
             let inside = self.slots.enter(0).expect("slots as they should be");
             let exit = self.vcpu.run();

@@ -351,6 +351,6 @@ fn virtualizes() -> bool {
 }
 
 #[cfg(test)]
-mod kvm_tests;
+pub(crate) mod kvm_tests;
 #[cfg(test)]
 mod tests;
