@@ -369,8 +369,14 @@ pub(crate) fn execute_queries(cpu: &mut Cpu, io: &dyn CpuIo, i: &Instruction) ->
         (None, _) => None,
         (Some(d), Mnemonic::Verr) => d.is_readable().then_some(0),
         (Some(d), Mnemonic::Verw) => d.is_writable().then_some(0),
-        (Some(d), Mnemonic::Lar) => lar_allows(cpu, &d).then_some(d.raw >> 32 & 0x00ff_ff00),
-        (Some(d), _) => lsl_value(cpu, io, selector, &d)?,
+        (Some(d), Mnemonic::Lar) => {
+            let valid = lar_allows(cpu, &d) && is_whole(cpu, io, selector, &d)?;
+            valid.then_some(d.raw >> 32 & 0x00ff_ff00)
+        }
+        (Some(d), _) => {
+            let valid = lsl_allows(cpu, &d) && is_whole(cpu, io, selector, &d)?;
+            valid.then_some(u64::from(d.limit()))
+        }
     };
     cpu.rflags &= !flag::ZF;
     if let Some(value) = result {
@@ -382,30 +388,35 @@ pub(crate) fn execute_queries(cpu: &mut Cpu, io: &dyn CpuIo, i: &Instruction) ->
     Ok(())
 }
 
+/// Types that LAR knows (Intel SDM vol. 2, LAR; AMD APM vol. 3, LAR). The two disagree on an LDT in long mode,
+/// which the SDM's table rejects and the APM's accepts, as do processors of both.
 fn lar_allows(cpu: &Cpu, d: &Descriptor) -> bool {
-    if d.non_system() {
-        return true;
-    }
     match d.kind() {
+        _ if d.non_system() => true,
         kind::LDT | kind::TSS | kind::TSS_BUSY | kind::CALL_GATE => true,
         kind::TSS16 | kind::TSS16_BUSY | kind::CALL_GATE16 | kind::TASK_GATE => !cpu.mode.long,
         _ => false,
     }
 }
 
-fn lsl_value(cpu: &mut Cpu, io: &dyn CpuIo, selector: u16, d: &Descriptor) -> Outcome<Option<u64>> {
-    let allowed = d.non_system()
-        || match d.kind() {
-            kind::LDT | kind::TSS | kind::TSS_BUSY => true,
-            kind::TSS16 | kind::TSS16_BUSY => !cpu.mode.long,
-            _ => false,
-        };
-    if allowed && !d.non_system() && cpu.mode.long {
-        // A 16-byte descriptor must be whole and of type 0 in its upper half.
-        let whole = fetch_upper(cpu, io, selector)?.is_some_and(|upper| upper >> 40 & 0x1f == 0);
-        return Ok(whole.then_some(u64::from(d.limit())));
+/// Types that LSL knows: those with a limit.
+fn lsl_allows(cpu: &Cpu, d: &Descriptor) -> bool {
+    match d.kind() {
+        _ if d.non_system() => true,
+        kind::LDT | kind::TSS | kind::TSS_BUSY => true,
+        kind::TSS16 | kind::TSS16_BUSY => !cpu.mode.long,
+        _ => false,
     }
-    Ok(allowed.then_some(u64::from(d.limit())))
+}
+
+/// Whether all of a descriptor is there. In long mode system descriptors take 16 bytes: the table must hold them,
+/// and the type field of the upper half must be zero, which keeps the half from being used as a descriptor of
+/// its own (AMD APM vol. 2, 4.8.3). LAR and LSL look at it alike.
+fn is_whole(cpu: &mut Cpu, io: &dyn CpuIo, selector: u16, d: &Descriptor) -> Outcome<bool> {
+    if d.non_system() || !cpu.mode.long {
+        return Ok(true);
+    }
+    Ok(fetch_upper(cpu, io, selector)?.is_some_and(|upper| upper >> 40 & 0x1f == 0))
 }
 
 fn adjust_rpl(cpu: &mut Cpu, io: &dyn CpuIo, i: &Instruction) -> Outcome {

@@ -313,3 +313,34 @@ fn lar_lsl_verr_and_verw_answer_through_zf() {
         [[0x00cf_9b00, none, 0x0001], [0x00cf_9300, none, 0x0101], [none, none, 0], [none, none, 0]].concat();
     assert_eq!(m.log(), expected);
 }
+
+#[test]
+fn lar_and_lsl_want_both_halves_of_a_system_descriptor_in_long_mode() {
+    // Type, upper half, whether LAR and LSL accept it. AMD APM vol. 2, 4.8.3.
+    let cases = [
+        (0x82, 0, true, true),
+        (0x89, 0, true, true),
+        (0x8c, 0, true, false),
+        (0x82, 0x100, false, false),
+        (0x89, 0x1000, false, false),
+        (0x8c, 0x200, false, false),
+        (0x81, 0, false, false),
+    ];
+    for (kind, upper, lar, lsl) in cases {
+        let mut m = Machine::new();
+        m.long_surroundings();
+        m.write64(GDT + u64::from(sel::FREE), kind << 40 | 0x67);
+        m.write64(GDT + u64::from(sel::FREE) + 8, upper << 32);
+        m.run_long(|a| {
+            a.mov(ecx, i32::from(sel::FREE))?;
+            a.lar(eax, ecx)?;
+            a.sete(bl)?;
+            a.lsl(edx, ecx)?;
+            a.sete(bh)?;
+            a.mov(ax, bx)?;
+            a.out(0xe9, ax)
+        });
+        let expected = u32::from(lar) | u32::from(lsl) << 8;
+        assert_eq!(m.log(), [expected], "type {kind:x}, upper half {upper:x}");
+    }
+}
