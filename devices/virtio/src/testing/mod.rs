@@ -5,6 +5,7 @@
 
 use std::sync::{Arc, Mutex};
 
+use atoll_machine::backend::EventRoutes;
 use atoll_machine::bus::PortBus;
 use atoll_machine::inputs::InputGate;
 use atoll_machine::interrupt::{IrqLine, LineSink, Msi, MsiSink};
@@ -14,9 +15,11 @@ use atoll_pci::{BarMapper, PciBarMapper, PciDevice};
 use crate::device::{VirtioDevice, feature};
 use crate::transport::pci::{VirtioPciDevice, VirtioPciParts};
 
+mod bells;
 mod disk;
 mod play;
 
+pub use bells::Bells;
 pub use disk::MemoryDisk;
 pub use play::play;
 
@@ -67,6 +70,8 @@ pub struct TestMachine {
     pub memory: GuestMemory,
     /// The gate.
     pub inputs: Arc<InputGate>,
+    /// Doorbells, where the machine has any.
+    pub bells: Option<Arc<Bells>>,
     mapper: Arc<dyn BarMapper>,
 }
 
@@ -88,7 +93,12 @@ impl TestMachine {
         let ram = RamBlock::new_shared("test-ram", RAM_BYTES).expect("the host has 8 MiB");
         space.map_ram(0, &ram, 0, RAM_BYTES, 0).expect("an empty space has room");
         let mapper = PciBarMapper::new(&space, &Arc::new(PortBus::new()));
-        Self { memory: GuestMemory::new(&space), space, inputs, mapper }
+        Self { memory: GuestMemory::new(&space), space, inputs, bells: None, mapper }
+    }
+
+    /// A machine whose writes may be doorbells.
+    pub fn with_bells() -> Self {
+        Self { bells: Some(Arc::default()), ..Self::new() }
     }
 
     /// Plugs `device` in.
@@ -101,7 +111,8 @@ impl TestMachine {
             inputs: self.inputs.clone(),
             mapper: self.mapper.clone(),
         };
-        (VirtioPciDevice::new(device, parts), interrupts)
+        let routes = self.bells.clone().map(|bells| bells as Arc<dyn EventRoutes>);
+        (VirtioPciDevice::with_routes(device, parts, routes), interrupts)
     }
 }
 
@@ -167,6 +178,7 @@ pub struct TestDriver {
     /// What it raised.
     pub interrupts: Arc<Interrupts>,
     space: Arc<AddressSpace>,
+    bells: Option<Arc<Bells>>,
     common: u64,
     isr: u64,
     config: u64,
@@ -198,6 +210,7 @@ impl TestDriver {
             pci,
             interrupts,
             space: machine.space.clone(),
+            bells: machine.bells.clone(),
             common: 0,
             isr: 0,
             config: 0,
@@ -223,7 +236,8 @@ impl TestDriver {
         self.pci.config_write(offset, &value.to_le_bytes());
     }
 
-    fn place_bars(&mut self, base: u64) {
+    /// Places the BARs one after the other from `base` on, and switches decoding and bus mastering on.
+    pub fn place_bars(&mut self, base: u64) {
         let mut at = base;
         let mut slot = 0;
         while slot < 6 {
@@ -250,7 +264,8 @@ impl TestDriver {
         u64::from(self.pci_read(0x10 + u16::from(bar) * 4) & !15)
     }
 
-    fn find_capabilities(&mut self) {
+    /// Finds the registers where the BARs are now.
+    pub fn find_capabilities(&mut self) {
         let mut at = (self.pci_read(0x34) & 0xfc) as u16;
         while at != 0 {
             let head = self.pci_read(at);
@@ -301,7 +316,9 @@ impl TestDriver {
     }
     /// Writes memory-mapped registers.
     pub fn mmio_write(&self, gpa: u64, data: &[u8]) {
-        self.space.mmio_write(gpa, data);
+        if !self.bells.as_ref().is_some_and(|bells| bells.write(gpa, data)) {
+            self.space.mmio_write(gpa, data);
+        }
     }
 
     /// Reads a byte of the common configuration.

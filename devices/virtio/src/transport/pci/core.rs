@@ -1,8 +1,8 @@
 //! The transport's state, and the processing of queues.
 //!
 //! A notification runs the queue on the vCPU's own thread within a [`Budget`], because waking another thread costs
-//! more than most requests. What is left goes to the device's thread, through the input gate. At most one thread
-//! works on a queue:
+//! more than most requests. What is left goes to the device's thread, through the input gate. Where notifications
+//! arrive as doorbells (see `doorbell`), the device's thread runs the queue. At most one thread works on a queue:
 //!
 //! ```text
 //! kick: pending = true --> lock free? --no--> return (its holder looks at `pending` after unlocking)
@@ -25,6 +25,7 @@ use atoll_machine::inputs::{InputGate, InputKind};
 use atoll_machine::memory::GuestMemory;
 use atoll_pci::PciFunction;
 
+use super::doorbell::Doorbells;
 use super::registers::{NO_VECTOR, Registers, at, feature_half, status};
 use super::saved_state::VirtioPciStateV1;
 use super::worker::Worker;
@@ -63,6 +64,7 @@ pub(crate) struct Core {
     paused: AtomicBool,
     worker: Worker,
     handed_over: AtomicU64,
+    bells: Option<Arc<Doorbells>>,
 }
 
 impl Core {
@@ -71,6 +73,7 @@ impl Core {
         function: PciFunction,
         memory: GuestMemory,
         inputs: Arc<InputGate>,
+        bells: Option<Arc<Doorbells>>,
     ) -> Arc<Self> {
         let slot = |_: &u16| Slot {
             queue: Mutex::default(),
@@ -92,6 +95,7 @@ impl Core {
             paused: AtomicBool::new(false),
             worker: Worker::default(),
             handed_over: AtomicU64::new(0),
+            bells,
         })
     }
 
@@ -277,6 +281,9 @@ impl Core {
         }
         // NEEDS_RESET is set by others at any time.
         self.status.fetch_or(new, SeqCst);
+        if start {
+            self.bind_doorbells(&r);
+        }
         drop(r);
         if start {
             self.kick_all();
@@ -287,6 +294,7 @@ impl Core {
     pub(crate) fn reset_device(&self) {
         let mut r = lock(&self.registers);
         self.status.store(0, SeqCst);
+        self.unbind_doorbells();
         for slot in &self.slots {
             let mut queue = lock(&slot.queue);
             queue.reset();
@@ -299,6 +307,32 @@ impl Core {
         // A run that failed before its queue was reset may have set the bit after the store above.
         self.status.store(0, SeqCst);
         self.take_isr();
+    }
+
+    // Doorbells.
+
+    /// Binds a doorbell to every enabled queue.
+    fn bind_doorbells(&self, r: &Registers) {
+        if let Some(bells) = &self.bells {
+            let enabled = r.queues.iter().zip(0u16..).filter(|(queue, _)| queue.enabled);
+            let queues: Vec<u16> = enabled.map(|(_, index)| index).collect();
+            let name = self.device.kind().thread_name();
+            bells.set_queues(&queues, &|index, event| self.worker.watch(&self.me, name, index, event));
+        }
+    }
+
+    fn unbind_doorbells(&self) {
+        if let Some(bells) = &self.bells {
+            bells.set_queues(&[], &|_, _| Ok(()));
+        }
+    }
+
+    /// The doorbell of queue `index` rang; called on the device's thread.
+    pub(crate) fn rung(self: Arc<Self>, index: u16) {
+        if let Some(slot) = self.slots.get(usize::from(index)) {
+            slot.pending.store(true, SeqCst);
+            self.run_through_gate(index);
+        }
     }
 
     // Interrupts.
@@ -498,6 +532,9 @@ impl Core {
             self.device.activate(features, &DeviceHandle::new(self.me.clone()));
         }
         self.status.store(new, SeqCst);
+        if new & status::DRIVER_OK != 0 {
+            self.bind_doorbells(&r);
+        }
         for slot in &self.slots {
             slot.pending.store(true, SeqCst);
         }

@@ -9,10 +9,12 @@
 //! ```
 //!
 //! The same registers can be reached through the configuration-access capability (4.1.4.9). `core` has the state
-//! and the processing of queues, `registers` the common configuration, `worker` the helper thread.
+//! and the processing of queues, `registers` the common configuration, `worker` the helper thread, and `doorbell`
+//! the notifications that go to that thread past the vCPU's, where the backend can.
 
 use std::sync::{Arc, Weak};
 
+use atoll_machine::backend::EventRoutes;
 use atoll_machine::bus::MmioDevice;
 use atoll_machine::inputs::InputGate;
 use atoll_machine::interrupt::{IrqLine, MsiSink};
@@ -22,11 +24,13 @@ use atoll_pci::{BarKind, BarMapper, BarSpec, BarTarget, FunctionBuilder, Identit
 use crate::device::{RestoreError, VirtioDevice};
 
 mod core;
+mod doorbell;
 mod registers;
 pub mod saved_state;
 mod worker;
 
 pub(crate) use self::core::Core;
+use doorbell::{BellMapper, Doorbells};
 use saved_state::VirtioPciStateV1;
 
 /// Vendor id of virtio devices.
@@ -82,8 +86,19 @@ pub struct VirtioPciDevice {
 }
 
 impl VirtioPciDevice {
-    /// Makes the function. It does nothing until software finds it on its bus.
+    /// Makes the function. It does nothing until software finds it on its bus. Notifications are processed on the
+    /// vCPU's thread as far as that is short.
     pub fn new(device: Arc<dyn VirtioDevice>, parts: VirtioPciParts) -> Arc<Self> {
+        Self::with_routes(device, parts, None)
+    }
+
+    /// As [`VirtioPciDevice::new`]; with `routes`, notifications go to the device's own thread without a return
+    /// from [`Vcpu::run`](atoll_machine::backend::Vcpu::run). Those that cannot be routed are processed as ever.
+    pub fn with_routes(
+        device: Arc<dyn VirtioDevice>,
+        parts: VirtioPciParts,
+        routes: Option<Arc<dyn EventRoutes>>,
+    ) -> Arc<Self> {
         let kind = device.kind();
         let queues = device.queue_sizes().len() as u16;
         let mut builder = FunctionBuilder::new(Identity {
@@ -105,10 +120,18 @@ impl VirtioPciDevice {
         let notify_bytes = u64::from(queues) * u64::from(NOTIFY_MULTIPLIER);
         capability(&mut builder, CFG_NOTIFY, NOTIFY, notify_bytes, &NOTIFY_MULTIPLIER.to_le_bytes());
         let access = capability(&mut builder, CFG_PCI, 0, 0, &[0; 4]);
-        let function = builder.build(parts.mapper, parts.msi);
+        let bells = routes.map(Doorbells::new);
+        let mapper = match &bells {
+            Some(bells) => Arc::new(BellMapper { inner: parts.mapper, bells: bells.clone() }),
+            None => parts.mapper,
+        };
+        let function = builder.build(mapper, parts.msi);
         function.connect_intx(parts.intx);
-        let core = Core::new(device, function, parts.memory, parts.inputs);
-        let registers = Arc::new(RegisterBar(Arc::downgrade(&core)));
+        let core = Core::new(device, function, parts.memory, parts.inputs, bells.clone());
+        let registers: Arc<dyn MmioDevice> = Arc::new(RegisterBar(Arc::downgrade(&core)));
+        if let Some(bells) = bells {
+            bells.set_registers(&registers);
+        }
         core.function().set_bar_target(REGISTER_BAR, BarTarget::Mmio(registers));
         Arc::new(Self { core, access })
     }
