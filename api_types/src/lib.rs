@@ -5,12 +5,14 @@
 #![forbid(unsafe_code)]
 
 mod cpu_pinning;
+mod host_report;
 mod memory;
 mod size;
 mod topology;
 mod vm_spec;
 
 pub use cpu_pinning::{CpuPinning, MAX_HOST_CPU, ParsePinningError};
+pub use host_report::{CheckState, HOST_REPORT_VERSION, HostCheck, HostReport};
 pub use memory::{HugePages, MemoryOptions, MemorySpec, ParseMemoryError};
 pub use size::{ByteSize, ParseSizeError};
 pub use topology::{CpuTopology, ParseTopologyError};

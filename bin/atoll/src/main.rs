@@ -33,6 +33,8 @@ enum Verb {
     Run(Box<commands::run::Args>),
     /// List the CPU models and whether this host can give them
     Cpus(commands::cpus::Args),
+    /// Say what this host gives to machines, what will be slow or refused, and how to mend it
+    Doctor(commands::doctor::Args),
 }
 
 fn main() -> std::process::ExitCode {
@@ -44,6 +46,7 @@ fn main() -> std::process::ExitCode {
     let result = match cli.verb {
         Verb::Run(args) => commands::run::run(*args),
         Verb::Cpus(args) => commands::cpus::run(&args),
+        Verb::Doctor(args) => commands::doctor::run(&args),
     };
     match result {
         Ok(code) => code.into(),

@@ -245,6 +245,68 @@ fn a_run_says_which_accelerator_it_got_and_why_unless_told_to_be_quiet() {
     assert_eq!(json["accelerator"]["name"], "software");
 }
 
+#[test]
+fn host_resources_that_are_not_there_are_refused_before_anything_starts() {
+    let table = Table::new();
+    // More than any host has reserved, and a node and a processor that no host has.
+    table.refused(&["--memory", "8G,hugepages=4M"], &["4M", "2M, 1G"]);
+    table.refused(&["--memory", "17M,hugepages=2M"], &["17M", "multiple of 2M"]);
+    if pool_pages(1 << 20) == 0 {
+        table.refused(&["--memory", "1G,hugepages=1G"], &["hugepages=1G"]);
+    }
+    if pool_pages(2 << 10) < 512 {
+        table.refused(&["--memory", "1G,hugepages=2M"], &["512 pages", "echo", "nr_hugepages"]);
+    }
+    table.refused(&["--memory", "64M,numa=1000"], &["numa=1000", "NUMA node"]);
+    table.refused(&["--memory", "64M,fast"], &["fast", "prefault"]);
+    table.refused(&["--pin", "60000"], &["60000", "online"]);
+    table.refused(&["--pin", "0:0"], &["2 lists", "1 CPU;"]);
+    table.refused(&["--pin", "one"], &["'one'", "0-3,8"]);
+    let given = fs::read_to_string("/sys/kernel/mm/transparent_hugepage/shmem_enabled").unwrap_or_default();
+    if given.contains("[never]") && !given.contains("inherit") {
+        table.refused(&["--memory", "64M,hugepages=transparent"], &["shmem_enabled"]);
+    }
+}
+
+#[test]
+fn more_locked_memory_than_the_user_may_have_is_refused() {
+    let table = Table::new();
+    fs::set_permissions(table.directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let limits = fs::read_to_string("/proc/self/limits").unwrap();
+    let line = limits.lines().find(|l| l.starts_with("Max locked memory")).unwrap();
+    match line.split_whitespace().nth(3).unwrap().parse::<u64>() {
+        Ok(limit) if limit < 64 << 20 => {}
+        _ => return println!("skipped: this user may lock 64 MiB"),
+    }
+    let words = ["--memory", "64M,lock", "--kernel", table.kernel.to_str().unwrap()];
+    check(&unprivileged(&table, &words), &words, &["64M,lock", "RLIMIT_MEMLOCK", "ulimit -l"]);
+}
+
+#[test]
+fn what_the_host_has_is_given() {
+    let table = Table::new();
+    let mut options = vec![vec!["--memory", "64M,hugepages=off,prefault"], vec!["--pin", "0"]];
+    if Path::new("/sys/devices/system/node/node0").exists() {
+        options.push(vec!["--memory", "64M,numa=0"]);
+    }
+    match pool_pages(2 << 10) {
+        0..32 => println!("skipped: this host has not reserved 32 huge pages of 2 MiB"),
+        _ => options.push(vec!["--memory", "64M,hugepages=2M,prefault", "--cpus", "2", "--pin", "0:0"]),
+    }
+    for words in options {
+        let mut command = Command::new(ATOLL);
+        command.args(["run", "--debug-exit", "--kernel"]).arg(&table.kernel).args(&words);
+        let output = command.stdin(Stdio::null()).output().unwrap();
+        assert_eq!(output.status.code(), Some(33), "{words:?}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+}
+
+/// Free pages in the host's pool of pages of `kib` KiB.
+fn pool_pages(kib: u64) -> u64 {
+    let path = format!("/sys/kernel/mm/hugepages/hugepages-{kib}kB/free_hugepages");
+    fs::read_to_string(path).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
+}
+
 fn host_memory_mib() -> u64 {
     let text = fs::read_to_string("/proc/meminfo").unwrap();
     let line = text.lines().find(|l| l.starts_with("MemTotal:")).unwrap();
