@@ -112,7 +112,7 @@ fn check_huge_pages(size: ByteSize, options: &MemoryOptions, host: &HostResource
     }
     let Some(page) = options.hugepages.pool() else { return Ok(()) };
     let kind = options.hugepages;
-    if size.0 % page != 0 {
+    if !size.0.is_multiple_of(page) {
         return Err(refuse(format!(
             "--memory {size},hugepages={kind}: the size must be a multiple of {kind}"
         )));
@@ -126,8 +126,9 @@ fn check_huge_pages(size: ByteSize, options: &MemoryOptions, host: &HostResource
     let short = |pool: &HugePagePool, place: &str, knob: String| {
         let (asked, had) = (size.0 / page, pool.available() / page);
         refuse(format!(
-            "--memory {size},hugepages={kind}: needs {asked} pages of the pool{place}, {had} are free of {}; 'echo {} > \
-             {knob}' as root reserves more",
+            "--memory {size},hugepages={kind}: needs {} of the pool{place}, {had} of {} can be had; 'echo {} > {knob}' as \
+             root reserves more",
+            counted(asked, "page"),
             pool.total,
             pool.total + (asked - had),
         ))
@@ -145,6 +146,10 @@ fn check_huge_pages(size: ByteSize, options: &MemoryOptions, host: &HostResource
         }
         _ => Ok(()),
     }
+}
+
+fn counted(number: u64, what: &str) -> String {
+    format!("{number} {what}{}", if number == 1 { "" } else { "s" })
 }
 
 fn check_lock(size: ByteSize, options: &MemoryOptions, host: &HostResources) -> Result<(), VmError> {
@@ -170,7 +175,8 @@ pub(crate) fn pinning(
         && lists != cpus as usize
     {
         return Err(VmError::Pinning(format!(
-            "--pin {pinning}: {lists} lists for {cpus} CPUs; give one list for all, or one for each"
+            "--pin {pinning}: {lists} lists, and the machine has {}; give one list for all, or one for each",
+            counted(cpus.into(), "CPU")
         )));
     }
     let host = host();
@@ -268,9 +274,12 @@ mod tests {
 
     #[test]
     fn a_pool_that_is_too_small_is_refused_with_the_number_that_would_do() {
-        refused("2G,hugepages=2M", &["1024 pages", "800 are free of 1200", "echo 1424", "hugepages-2048kB"]);
-        refused("1G,hugepages=1G", &["1 pages", "0 are free", "echo 1 >", "hugepages-1048576kB"]);
-        refused("1G,hugepages=2M,numa=1", &["node 1", "100 are free", "node1/hugepages"]);
+        refused(
+            "2G,hugepages=2M",
+            &["1024 pages", "800 of 1200 can be had", "echo 1424", "hugepages-2048kB"],
+        );
+        refused("1G,hugepages=1G", &["1 page of", "0 of 0 can", "echo 1 >", "hugepages-1048576kB"]);
+        refused("1G,hugepages=2M,numa=1", &["node 1", "100 of 600 can", "node1/hugepages"]);
         refused("513M,hugepages=2M", &["multiple of 2M"]);
         let none = || HostResources { pools: Vec::new(), ..host() };
         assert!(check("1G,hugepages=1G", none).unwrap_err().contains("no such pages"));
@@ -317,7 +326,7 @@ mod tests {
             let why = pin(text, cpus).unwrap_err();
             assert!(words.iter().all(|word| why.contains(word)), "{why}");
         };
-        wrong("0:1", 3, &["2 lists for 3 CPUs"]);
+        wrong("0:1", 3, &["2 lists", "3 CPUs"]);
         wrong("0-4", 1, &["host CPU 3-4", "online are: 0-2,5"]);
         wrong("5", 1, &["may not use host CPU 5", "allows: 0-1"]);
     }
