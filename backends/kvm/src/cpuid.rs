@@ -144,6 +144,9 @@ mod tests {
             Ok(host) => host,
             Err(error) => return println!("skipped: {error}"),
         };
+        if !crate::state::tests::virtualizes() {
+            return;
+        }
         let features = host.features();
         let cpu = HostCpu::detect();
         let model = CpuModel::resolve_for("host", &cpu, &features, host.tsc_khz()).unwrap();

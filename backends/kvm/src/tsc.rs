@@ -12,6 +12,10 @@
 //!
 //! TSC_ADJUST and the TSC itself are written by guests without an exit; [`TimeBase::leave`] learns the result.
 //!
+//! `kvm_pvm`, KVM without hardware virtualization, cannot move its guests' counter: it is the host's, whatever is set.
+//! There the origin is made to fit, so that states tell what guests read; TSC_ADJUST stays zero, and the counter
+//! does not stand still with the clock.
+//!
 //! Lock: one mutex, innermost; ioctls on the entering vCPU and the VM are made while it is held.
 
 use std::io;
@@ -84,6 +88,8 @@ struct Base {
     offset: Option<u64>,
     /// Counts the changes of `offset`.
     generation: u64,
+    /// The host takes no offset: guests read its own TSC.
+    fixed: bool,
     /// vCPUs between [`TimeBase::enter`] and [`TimeBase::leave`].
     running: u32,
 }
@@ -131,6 +137,12 @@ impl TimeBase {
         let mut base = self.lock();
         if base.offset.is_none() {
             self.synchronise(&mut base, vm, fd)?;
+            apply(&base, fd, vcpu)?;
+            let wanted = base.offset.unwrap_or(0).wrapping_add(vcpu.adjust);
+            base.fixed = ioctls::tsc_offset(fd)? != wanted;
+            if base.fixed {
+                self.synchronise(&mut base, vm, fd)?;
+            }
         }
         apply(&base, fd, vcpu)
     }
@@ -143,8 +155,11 @@ impl TimeBase {
     /// Adopts a saved TSC and TSC_ADJUST. A counter that continues this machine's (within a second) keeps its
     /// origin, so that all vCPUs stay equal although their states are set one after the other.
     pub(crate) fn restore(&self, vcpu: &mut VcpuTime, tsc: u64, adjust: u64) {
-        vcpu.adjust = adjust;
         let mut base = self.lock();
+        if base.fixed {
+            return;
+        }
+        vcpu.adjust = adjust;
         let counter = tsc.wrapping_sub(adjust);
         let wanted = counter.wrapping_sub(self.clock.tsc());
         let near = nanos_to_tsc(SAME_ORIGIN_NANOS, self.clock.tsc_khz());
@@ -204,6 +219,9 @@ impl TimeBase {
     /// Makes a new offset from the clock, and sets the paravirtual clock.
     fn synchronise(&self, base: &mut Base, vm: &VmFd, fd: &VcpuFd) -> io::Result<()> {
         let (host, clock) = self.host_and_clock(fd)?;
+        if base.fixed {
+            base.origin = host.wrapping_sub(clock);
+        }
         base.offset = Some(expected(base, clock).wrapping_sub(host));
         base.generation += 1;
         let clock = self.clock.now().max(base.clock_floor);

@@ -78,7 +78,8 @@ impl CpuState {
         };
         let mxcsr = word(24) as u32;
         ensure("xsave", mxcsr & !MXCSR_BITS == 0, mxcsr.into())?;
-        ensure("xsave", word(512) & !model.xcr0_mask() == 0, word(512))?;
+        // The legacy region is there without XSAVE too.
+        ensure("xsave", word(512) & !(model.xcr0_mask() | 0b11) == 0, word(512))?;
         ensure("xsave", word(520) == 0, word(520))
     }
 

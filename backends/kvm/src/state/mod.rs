@@ -44,7 +44,7 @@ pub(crate) mod ioctls;
 mod lapic;
 mod quirk;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod xsave;
 
 use std::io;
@@ -74,21 +74,21 @@ pub(crate) struct VcpuState {
     time: VcpuTime,
     /// Size of the area of KVM_GET_XSAVE2; 0: KVM_GET_XSAVE does.
     xsave_size: usize,
-    /// How vector registers and XCR0 are reached.
-    vectors: Vectors,
+    /// How XCR0 is reached.
+    xcr0: Xcr0,
     abilities: Abilities,
     held: Held,
 }
 
-/// What a host has for vector registers.
+/// What a host has for XCR0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Vectors {
-    /// XSAVE and XCR0.
-    Xsave,
-    /// As `Xsave`, with the quirk of [`quirk`].
-    XsaveQuirk,
-    /// Neither: KVM_GET_FPU.
-    Fpu,
+enum Xcr0 {
+    /// KVM_GET_XCRS.
+    Kernel,
+    /// As `Kernel`, with the quirk of [`quirk`].
+    Quirk,
+    /// No XSAVE.
+    Absent,
 }
 
 /// What the last state said, as far as KVM does not say it too.
@@ -148,10 +148,10 @@ impl VcpuState {
             // For the kernel's own choice of work-arounds; the guest reads the bank's. Not every host has it.
             let _ = tsc::write_list(fd, &[(msr::ARCH_CAPABILITIES, promise.reset)]);
         }
-        let vectors = match capabilities.xcrs {
-            true if quirk::present() => Vectors::XsaveQuirk,
-            true => Vectors::Xsave,
-            false => Vectors::Fpu,
+        let xcr0 = match capabilities.xcrs {
+            true if quirk::present() => Xcr0::Quirk,
+            true => Xcr0::Kernel,
+            false => Xcr0::Absent,
         };
         let xsave_size = capabilities.xsave2_size;
         let abilities = Abilities {
@@ -164,7 +164,7 @@ impl VcpuState {
             bank,
             time,
             xsave_size: if xsave_size > ioctls::XSAVE_SIZE { xsave_size } else { 0 },
-            vectors,
+            xcr0,
             abilities,
             held: Held {
                 segments: convert::all_segments(&state),
@@ -205,18 +205,13 @@ impl VcpuState {
 
     fn get_vectors(&self, fd: &VcpuFd, shared: &Shared, s: &mut CpuState) -> io::Result<()> {
         let mask = shared.model.xcr0_mask();
-        s.xcr0 = match self.vectors {
-            Vectors::Xsave => xcr0(&at("KVM_GET_XCRS", fd.get_xcrs())?),
-            Vectors::XsaveQuirk => quirk::seen(self.held.xcr0, mask, s.cr4, self.held.ran),
-            Vectors::Fpu => self.held.xcr0,
+        s.xcr0 = match self.xcr0 {
+            Xcr0::Kernel => xcr0(&at("KVM_GET_XCRS", fd.get_xcrs())?),
+            Xcr0::Quirk => quirk::seen(self.held.xcr0, mask, s.cr4, self.held.ran),
+            Xcr0::Absent => self.held.xcr0,
         } & mask;
-        s.xsave = match self.vectors {
-            Vectors::Fpu => xsave::from_fpu(&at("KVM_GET_FPU", fd.get_fpu())?, s.xcr0),
-            _ => {
-                let area = at("KVM_GET_XSAVE", ioctls::xsave(fd, self.xsave_size))?;
-                xsave::from_kvm(&area, s.xcr0, mask)
-            }
-        };
+        let area = at("KVM_GET_XSAVE", ioctls::xsave(fd, self.xsave_size))?;
+        s.xsave = xsave::from_kvm(&area, s.xcr0, mask);
         Ok(())
     }
 
@@ -305,14 +300,12 @@ impl VcpuState {
 
     fn set_vectors(&self, fd: &VcpuFd, shared: &Shared, s: &CpuState) -> io::Result<()> {
         let mask = shared.model.xcr0_mask();
-        let value = match self.vectors {
-            Vectors::Fpu => return at("KVM_SET_FPU", fd.set_fpu(&xsave::to_fpu(&s.xsave))),
-            Vectors::Xsave => s.xcr0,
-            Vectors::XsaveQuirk => mask,
-        };
-        let mut xcrs = kvm_xcrs { nr_xcrs: 1, ..kvm_xcrs::default() };
-        xcrs.xcrs[0] = kvm_xcr { xcr: 0, reserved: 0, value };
-        at("KVM_SET_XCRS", fd.set_xcrs(&xcrs))?;
+        let value = if self.xcr0 == Xcr0::Quirk { mask } else { s.xcr0 };
+        if self.xcr0 != Xcr0::Absent {
+            let mut xcrs = kvm_xcrs { nr_xcrs: 1, ..kvm_xcrs::default() };
+            xcrs.xcrs[0] = kvm_xcr { xcr: 0, reserved: 0, value };
+            at("KVM_SET_XCRS", fd.set_xcrs(&xcrs))?;
+        }
         at("KVM_SET_XSAVE", ioctls::set_xsave(fd, self.xsave_size, &xsave::to_kvm(&s.xsave, mask)))
     }
 

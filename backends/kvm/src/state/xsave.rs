@@ -4,9 +4,8 @@
 //! KVM leaves out those in their initial state but writes their initial values, so marking them present is enough.
 //! Components outside XCR0 are kept if they are in use: SSE does not depend on XCR0.
 //!
-//! A host without XSAVE (`kvm_pvm`) gives the first 512 bytes by KVM_GET_FPU.
-
-use kvm_bindings::kvm_fpu;
+//! A host without XSAVE (`kvm_pvm`) uses the same requests with x87 and SSE alone. KVM_SET_FPU would not do: it
+//! leaves MXCSR out.
 
 const HEADER: usize = 512;
 /// Legacy region and header.
@@ -22,9 +21,19 @@ fn header(image: &[u8]) -> u64 {
     u64::from_le_bytes(bytes.unwrap_or_default())
 }
 
+/// Components that exist without XSAVE.
+const LEGACY: u64 = 3;
+/// Places of the components in the area, with their initial values: x87 with its control word apart, SSE.
+const X87: std::ops::Range<usize> = 0..24;
+const X87_REGISTERS: std::ops::Range<usize> = 32..160;
+const XMM: std::ops::Range<usize> = 160..416;
+const INITIAL_CONTROL: u16 = 0x37f;
+const MXCSR: std::ops::Range<usize> = 24..28;
+const INITIAL_MXCSR: u32 = 0x1f80;
+
 /// The area of a state from KVM's. `mask` is the model's XCR0 mask.
 pub(super) fn from_kvm(area: &[u8], xcr0: u64, mask: u64) -> Vec<u8> {
-    let present = (header(area) | xcr0) & mask;
+    let present = (header(area) | xcr0) & (mask | LEGACY);
     let length = if present & AVX != 0 { WITH_AVX } else { MIN };
     let mut image = area.get(..length).unwrap_or(area).to_vec();
     image.resize(length, 0);
@@ -34,65 +43,26 @@ pub(super) fn from_kvm(area: &[u8], xcr0: u64, mask: u64) -> Vec<u8> {
     image
 }
 
-/// The area for KVM.
+/// The area for KVM. What the header leaves out is initial, which a host without XSAVE would not see to.
 pub(super) fn to_kvm(image: &[u8], mask: u64) -> Vec<u8> {
     let mut area = image.to_vec();
     area.resize(image.len().max(WITH_AVX), 0);
     area[UNUSED].fill(0);
-    let present = header(image) & mask;
+    let present = header(image) & (mask | LEGACY);
+    if present & 1 == 0 {
+        area[X87].fill(0);
+        area[..2].copy_from_slice(&INITIAL_CONTROL.to_le_bytes());
+        area[X87_REGISTERS].fill(0);
+    }
+    if present & 2 == 0 {
+        area[XMM].fill(0);
+    }
+    if present & !1 == 0 && area[MXCSR] == [0; 4] {
+        area[MXCSR].copy_from_slice(&INITIAL_MXCSR.to_le_bytes());
+    }
     area[HEADER..MIN].fill(0);
     area[HEADER..HEADER + 8].copy_from_slice(&present.to_le_bytes());
     area
-}
-
-/// The legacy region in the form of KVM_SET_FPU. What the header leaves out is initial.
-pub(super) fn to_fpu(image: &[u8]) -> kvm_fpu {
-    let mut fpu = kvm_fpu { fcw: 0x37f, mxcsr: 0x1f80, ..kvm_fpu::default() };
-    let half = |at: usize| u16::from_le_bytes([image[at], image[at + 1]]);
-    let long =
-        |at: usize| image.get(at..at + 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_le_bytes);
-    let present = header(image);
-    if image.len() < MIN {
-        return fpu;
-    }
-    if present & 1 != 0 {
-        (fpu.fcw, fpu.fsw, fpu.ftwx, fpu.last_opcode) = (half(0), half(2), image[4], half(6));
-        (fpu.last_ip, fpu.last_dp) = (long(8), long(16));
-        for (n, register) in fpu.fpr.iter_mut().enumerate() {
-            register[..10].copy_from_slice(&image[32 + n * 16..42 + n * 16]);
-        }
-    }
-    if present & 2 != 0 {
-        for (n, register) in fpu.xmm.iter_mut().enumerate() {
-            register.copy_from_slice(&image[160 + n * 16..176 + n * 16]);
-        }
-    }
-    let mxcsr = long(24) as u32;
-    if present & 6 != 0 || mxcsr != 0 {
-        fpu.mxcsr = mxcsr;
-    }
-    fpu
-}
-
-/// The inverse of [`to_fpu`]; `xcr0` as in [`from_kvm`].
-pub(super) fn from_fpu(fpu: &kvm_fpu, xcr0: u64) -> Vec<u8> {
-    let mut image = vec![0; MIN];
-    image[0..2].copy_from_slice(&fpu.fcw.to_le_bytes());
-    image[2..4].copy_from_slice(&fpu.fsw.to_le_bytes());
-    image[4] = fpu.ftwx;
-    image[6..8].copy_from_slice(&fpu.last_opcode.to_le_bytes());
-    image[8..16].copy_from_slice(&fpu.last_ip.to_le_bytes());
-    image[16..24].copy_from_slice(&fpu.last_dp.to_le_bytes());
-    image[24..28].copy_from_slice(&fpu.mxcsr.to_le_bytes());
-    for (n, register) in fpu.fpr.iter().enumerate() {
-        image[32 + n * 16..42 + n * 16].copy_from_slice(&register[..10]);
-    }
-    for (n, register) in fpu.xmm.iter().enumerate() {
-        image[160 + n * 16..176 + n * 16].copy_from_slice(register);
-    }
-    let sse = if fpu.xmm.iter().flatten().any(|b| *b != 0) || fpu.mxcsr != 0x1f80 { 2 } else { 0 };
-    image[HEADER] = ((xcr0 & 3) | 1 | sse) as u8;
-    image
 }
 
 #[cfg(test)]
@@ -111,23 +81,6 @@ mod tests {
             kernels.resize(4096, 0);
             prop_assert_eq!(from_kvm(&kernels, 7, 7), image);
         }
-
-        #[test]
-        fn the_old_form_carries_the_legacy_region(bytes in proptest::collection::vec(any::<u8>(), MIN)) {
-            let mut image = bytes;
-            image[HEADER..MIN].fill(0);
-            image[HEADER] = 3;
-            let fpu = to_fpu(&image);
-            let back = from_fpu(&fpu, 3);
-            prop_assert_eq!(to_fpu(&back), fpu);
-            for range in [0..5, 6..28, 160..416, HEADER..MIN] {
-                prop_assert_eq!(&back[range.clone()], &image[range]);
-            }
-            for n in 0..8 {
-                let at = 32 + n * 16;
-                prop_assert_eq!(&back[at..at + 10], &image[at..at + 10]);
-            }
-        }
     }
 
     #[test]
@@ -145,11 +98,24 @@ mod tests {
     }
 
     #[test]
-    fn components_that_are_left_out_are_initial_in_the_old_form() {
+    fn components_that_are_left_out_are_initial() {
         let mut image = vec![0xff; MIN];
         image[HEADER..MIN].fill(0);
-        image[24..28].fill(0);
-        let fpu = to_fpu(&image);
-        assert_eq!((fpu.fcw, fpu.mxcsr, fpu.xmm[0][0], fpu.fpr[0][0]), (0x37f, 0x1f80, 0, 0));
+        image[MXCSR].fill(0);
+        let area = to_kvm(&image, 7);
+        assert_eq!(area[..4], [0x7f, 3, 0, 0]);
+        assert_eq!(area[MXCSR], INITIAL_MXCSR.to_le_bytes());
+        assert!(area[XMM].iter().chain(&area[X87_REGISTERS]).all(|b| *b == 0));
+        image[HEADER] = 2;
+        assert_eq!(to_kvm(&image, 7)[160], 0xff);
+    }
+
+    #[test]
+    fn vector_registers_are_kept_without_xsave() {
+        let mut area = vec![0; 4096];
+        area[HEADER] = 3;
+        area[160] = 5;
+        let image = from_kvm(&area, 1, 1);
+        assert_eq!((image[HEADER], image[160], to_kvm(&image, 1)[HEADER]), (3, 5, 3));
     }
 }
