@@ -160,7 +160,8 @@ fn ready<P: Partition>(machine: &Machine<P>, index: u32) -> CpuState {
     s.xsave = vec![0; 832];
     s.xsave[0..2].copy_from_slice(&0x37fu16.to_le_bytes());
     s.xsave[24..28].copy_from_slice(&0x1f80u32.to_le_bytes());
-    s.xsave[512..520].copy_from_slice(&s.xcr0.to_le_bytes());
+    // SSE does not depend on XCR0.
+    s.xsave[512..520].copy_from_slice(&(s.xcr0 | 2).to_le_bytes());
     s
 }
 
@@ -168,7 +169,7 @@ fn ready<P: Partition>(machine: &Machine<P>, index: u32) -> CpuState {
 pub fn long_state<P: Partition>(machine: &Machine<P>, index: u32, rip: u64) -> CpuState {
     let mut s = ready(machine, index);
     s.cr0 = 0x8001_0033;
-    s.cr4 = 0x4_0620;
+    s.cr4 = 0x4_0620 & machine.model.cr4_mask();
     s.efer = 0xd01;
     s.cr3 = PML4;
     s.segments = [flat(selector::DATA, 0xc093); 6];
