@@ -2,14 +2,15 @@
 
 use std::sync::Arc;
 
-use atoll_api_types::{Accelerator, ByteSize, OnCrash, VmSpec};
+use atoll_api_types::{ByteSize, OnCrash, VmSpec};
 use atoll_firmware::layout::{self, AddressMap};
 use atoll_machine::cpu::topology::{MAX_CPUS, Topology};
 use atoll_machine::memory::RamBlock;
 use atoll_storage::{Disk, OpenOptions, RawDisk};
 
-use crate::accelerator::{self, BackendKind, Choice, HostFacts};
+use crate::accelerator::{self, Choice, HostFacts};
 use crate::boot_files::BootFiles;
+use crate::engine::Engine;
 use crate::error::VmError;
 use crate::host_options::{self, HostResources};
 use crate::{boot, machine, models};
@@ -26,6 +27,8 @@ pub(crate) struct Config {
     pub(crate) name: String,
     /// What executes the instructions, and why.
     pub(crate) accelerator: Choice,
+    /// What executes the instructions now: the choice, until the machine moves to another.
+    pub(crate) engine: Engine,
     pub(crate) model: Arc<atoll_machine::cpu::model::CpuModel>,
     pub(crate) topology: Topology,
     /// The host processors on which each CPU may run, by index; empty when all may.
@@ -50,13 +53,13 @@ impl Config {
     pub(crate) fn with_disks(spec: &VmSpec, ready: Vec<Arc<dyn Disk>>) -> Result<Self, VmError> {
         check_name(&spec.name)?;
         let accelerator = accelerator::choose(spec.accel, &HostFacts::gather())?;
-        let accelerator = until_kvm_is_wired(spec.accel, accelerator)?; // REMOVE with the function, once it is
+        let engine = Engine::open(accelerator.backend)?;
         let topology = topology(spec)?;
         let map = memory_map(spec.memory)?;
         let uuid = uuid_of(&spec.name);
         let boot = BootFiles::open(&spec.boot)?;
         let bytes = boot.read()?;
-        let model = models::resolve(&spec.cpu)?;
+        let model = models::resolve(&spec.cpu, &engine)?;
         check_host_memory(spec.memory)?;
         let host_cpus = atoll_foundation::host::cpu_count();
         let ram_options =
@@ -77,6 +80,7 @@ impl Config {
         Ok(Self {
             name: spec.name.clone(),
             accelerator,
+            engine,
             model: Arc::new(model),
             topology,
             pinning,
@@ -112,21 +116,6 @@ fn check_name(name: &str) -> Result<(), VmError> {
         && !name.starts_with(['.', '-'])
         && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
     if fits { Ok(()) } else { Err(VmError::Name(name.to_owned())) }
-}
-
-/// REMOVE once a machine can be built on KVM: until then `auto` falls back, and `kvm` is refused.
-fn until_kvm_is_wired(asked: Accelerator, choice: Choice) -> Result<Choice, VmError> {
-    match (choice.backend, asked) {
-        (BackendKind::Kvm, Accelerator::Kvm) => Err(VmError::Accelerator(
-            "--accel kvm: this version has no KVM backend yet; use --accel auto or software".to_owned(),
-        )),
-        (BackendKind::Kvm, _) => Ok(Choice {
-            backend: BackendKind::Software,
-            why: "this version has no KVM backend yet".to_owned(),
-            warning: None,
-        }),
-        _ => Ok(choice),
-    }
 }
 
 fn topology(spec: &VmSpec) -> Result<Topology, VmError> {

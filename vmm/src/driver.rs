@@ -7,8 +7,9 @@
 //!                             a new machine over the same memory, disks and consoles
 //! ```
 //!
-//! [`VmHandle::rebuild`] takes the machine apart and puts it together again from its saved state while the guest
-//! runs on: whatever a guest still notices is missing from the saved state.
+//! [`VmHandle::rebuild`] puts a new machine together from the saved state of the running one and lets that go on,
+//! on the same backend or on another: whatever a guest still notices is missing from the saved state. When that
+//! fails, the machine that was there runs on.
 //!
 //! Requests that arrive for a machine that was already torn down by a reset are dropped: each machine's
 //! requests carry its incarnation.
@@ -18,15 +19,15 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use atoll_api_types::{OnCrash, VmSpec};
-use atoll_cpu_software::partition::SoftwareBackend;
 use atoll_machine::control::{MachineControl, MachineRequest};
 use atoll_storage::Disk;
 
-use crate::accelerator::Choice;
+use crate::accelerator::{BackendKind, Choice};
 use crate::config::Config;
 use crate::console::{ConsoleId, ConsoleOutput};
+use crate::engine::Engine;
 use crate::error::VmError;
-use crate::machine::{Machine, MachineInputs, Sink};
+use crate::machine::{AnyMachine, MachineInputs, Sink};
 
 /// How a run ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -95,7 +96,7 @@ enum Message {
     /// From the machine of this incarnation.
     Request(u64, MachineRequest),
     PowerButton,
-    Rebuild(Sender<Result<u64, VmError>>),
+    Rebuild(Option<BackendKind>, Sender<Result<u64, VmError>>),
     Stop,
 }
 
@@ -197,10 +198,20 @@ impl VmHandle {
     }
 
     /// Saves the machine's state, builds a new machine over the same memory, disks and consoles, and lets it go on
-    /// from that state. Returns the size of the saved state in bytes.
+    /// from that state. Returns the size of the saved state in bytes. After an error the machine runs on as before.
     pub fn rebuild(&self) -> Result<u64, VmError> {
+        self.rebuild_with(None)
+    }
+
+    /// As [`VmHandle::rebuild`], and the new machine runs on `backend`: the guest moves from one backend to
+    /// the other. Fails, naming what is missing, where that backend cannot give the machine's CPU model.
+    pub fn rebuild_on(&self, backend: BackendKind) -> Result<u64, VmError> {
+        self.rebuild_with(Some(backend))
+    }
+
+    fn rebuild_with(&self, backend: Option<BackendKind>) -> Result<u64, VmError> {
         let (reply, answer) = mpsc::channel();
-        let _ = self.shared.messages.send(Message::Rebuild(reply));
+        let _ = self.shared.messages.send(Message::Rebuild(backend, reply));
         answer.recv().unwrap_or_else(|_| Err(VmError::Build("the run is over".to_owned())))
     }
 
@@ -241,45 +252,67 @@ struct Driver {
 enum Decision {
     GoOn,
     Reset,
-    Rebuild(Sender<Result<u64, VmError>>),
+    Rebuild(Option<BackendKind>, Sender<Result<u64, VmError>>),
     End(RunEnd),
 }
 
-type SoftwareMachine = Machine<SoftwareBackend>;
-
 impl Driver {
     /// Builds the next incarnation, loaded and ready to resume.
-    fn build(&mut self) -> Result<SoftwareMachine, VmError> {
+    fn build(&mut self) -> Result<Box<dyn AnyMachine>, VmError> {
         self.incarnation += 1;
         let machine = self.build_empty()?;
         machine.load(&self.config)?;
-        self.publish_inputs(&machine);
+        self.publish_inputs(&*machine);
         Ok(machine)
     }
 
-    /// The same incarnation, taken apart and put together: what `old` asked for meanwhile still counts. `old` is
-    /// gone afterwards, also after an error.
-    fn rebuild(&mut self, old: SoftwareMachine) -> Result<(SoftwareMachine, u64), VmError> {
+    /// The same incarnation, put together once more: what `machine` asked for meanwhile still counts. Whichever
+    /// machine is in place afterwards runs. Returns the size of the saved state.
+    fn rebuild(
+        &mut self,
+        machine: &mut Box<dyn AnyMachine>,
+        backend: Option<BackendKind>,
+    ) -> Result<u64, VmError> {
+        let engine = backend.map(Engine::open).transpose()?.unwrap_or_else(|| self.config.engine.clone());
+        engine.check(&self.config.model)?;
         self.forget_inputs();
-        old.pause();
-        let saved = old.save()?;
-        drop(old);
-        let machine = self.build_empty()?;
-        machine.restore(&saved).map_err(VmError::build)?;
-        self.publish_inputs(&machine);
-        Ok((machine, saved.len() as u64))
+        machine.pause();
+        let rebuilt = self.rebuilt(&**machine, engine);
+        let result = rebuilt.map(|(new, size)| {
+            *machine = new;
+            size
+        });
+        self.publish_inputs(&**machine);
+        machine.resume();
+        result
     }
 
-    fn build_empty(&self) -> Result<SoftwareMachine, VmError> {
+    fn rebuilt(
+        &mut self,
+        old: &dyn AnyMachine,
+        engine: Engine,
+    ) -> Result<(Box<dyn AnyMachine>, u64), VmError> {
+        let saved = old.save()?;
+        let before = std::mem::replace(&mut self.config.engine, engine);
+        let new = self.build_empty().and_then(|new| match new.restore(&saved) {
+            Ok(()) => Ok(new),
+            Err(error) => Err(VmError::build(error)),
+        });
+        if new.is_err() {
+            self.config.engine = before;
+        }
+        Ok((new?, saved.len() as u64))
+    }
+
+    fn build_empty(&self) -> Result<Box<dyn AnyMachine>, VmError> {
         let control = Arc::new(Requests {
             incarnation: self.incarnation,
             messages: Mutex::new(self.shared.messages.clone()),
         });
-        let backend = SoftwareBackend;
-        Machine::build(&self.config, &backend, control, self.serial.clone(), self.virtio.clone())
+        self.config.engine.build(&self.config, control, self.serial.clone(), self.virtio.clone())
     }
 
-    fn publish_inputs(&self, machine: &SoftwareMachine) {
+    fn publish_inputs(&self, machine: &dyn AnyMachine) {
         let inputs = machine.inputs();
         if let Some((columns, rows)) = *self.shared.window.lock().unwrap_or_else(PoisonError::into_inner) {
             inputs.console_resized(columns, rows);
@@ -287,24 +320,15 @@ impl Driver {
         *self.shared.inputs.lock().unwrap_or_else(PoisonError::into_inner) = Some(inputs);
     }
 
-    fn drive(&mut self, mut machine: SoftwareMachine, messages: &Receiver<Message>) -> RunEnd {
+    fn drive(&mut self, mut machine: Box<dyn AnyMachine>, messages: &Receiver<Message>) -> RunEnd {
         machine.resume();
         // The driver itself holds a sender, so the channel stays open.
         while let Ok(message) = messages.recv() {
-            match self.decide(&machine, message) {
+            match self.decide(&*machine, message) {
                 Decision::GoOn => {}
-                Decision::Rebuild(reply) => match self.rebuild(machine) {
-                    Ok((rebuilt, size)) => {
-                        machine = rebuilt;
-                        machine.resume();
-                        let _ = reply.send(Ok(size));
-                    }
-                    Err(error) => {
-                        let end = RunEnd::Failed(format!("cannot rebuild the machine: {error}"));
-                        let _ = reply.send(Err(error));
-                        return end;
-                    }
-                },
+                Decision::Rebuild(backend, reply) => {
+                    let _ = reply.send(self.rebuild(&mut machine, backend));
+                }
                 Decision::End(end) => {
                     self.forget_inputs();
                     return end;
@@ -328,7 +352,7 @@ impl Driver {
         *self.shared.inputs.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
-    fn decide(&self, machine: &SoftwareMachine, message: Message) -> Decision {
+    fn decide(&self, machine: &dyn AnyMachine, message: Message) -> Decision {
         let request = match message {
             Message::Request(incarnation, request) if incarnation == self.incarnation => request,
             Message::Request(..) => return Decision::GoOn,
@@ -336,7 +360,7 @@ impl Driver {
                 machine.press_power_button();
                 return Decision::GoOn;
             }
-            Message::Rebuild(reply) => return Decision::Rebuild(reply),
+            Message::Rebuild(backend, reply) => return Decision::Rebuild(backend, reply),
             Message::Stop => return Decision::End(RunEnd::Stopped),
         };
         match request {

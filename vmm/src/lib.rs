@@ -23,6 +23,7 @@ mod config;
 mod console;
 mod device_thread;
 mod driver;
+mod engine;
 mod error;
 mod host_options;
 mod io;

@@ -1,9 +1,9 @@
 //! The CPU models, as a user chooses among them.
 
-use atoll_machine::cpu::host::{BackendFeatures, HostCpu};
+use atoll_machine::cpu::host::HostCpu;
 use atoll_machine::cpu::model::{CpuModel, MODEL_NAMES, ModelError};
-use atoll_machine::time::HostClock;
 
+use crate::engine::Engine;
 use crate::error::VmError;
 
 /// A CPU model and whether this host can give it.
@@ -24,7 +24,7 @@ pub fn cpu_models() -> Vec<ModelInfo> {
         .map(|name| ModelInfo {
             name,
             description: description(name),
-            missing: match on_this_host(name) {
+            missing: match on_this_host(name, &Engine::Software) {
                 Err(ModelError::Missing { missing, .. }) => Some(missing.to_string()),
                 Err(other) => Some(other.to_string()),
                 Ok(_) => None,
@@ -42,13 +42,12 @@ fn description(name: &str) -> &'static str {
     }
 }
 
-/// The model called `name` on this host, for the software CPU.
-pub(crate) fn resolve(name: &str) -> Result<CpuModel, VmError> {
-    on_this_host(name).map_err(|error| VmError::Model(error.to_string()))
+/// The model called `name` on this host, for `engine`.
+pub(crate) fn resolve(name: &str, engine: &Engine) -> Result<CpuModel, VmError> {
+    on_this_host(name, engine).map_err(|error| VmError::Model(error.to_string()))
 }
 
-fn on_this_host(name: &str) -> Result<CpuModel, ModelError> {
+fn on_this_host(name: &str, engine: &Engine) -> Result<CpuModel, ModelError> {
     let host = HostCpu::detect();
-    let tsc_khz = HostClock::nominal_tsc_khz(&host);
-    CpuModel::resolve_for(name, &host, &BackendFeatures::software(), tsc_khz)
+    CpuModel::resolve_for(name, &host, &engine.features(), engine.tsc_khz(&host))
 }

@@ -27,7 +27,7 @@ use atoll_machine::control::SharedControl;
 use atoll_machine::cpu::topology::Topology;
 use atoll_machine::inputs::InputGate;
 use atoll_machine::memory::{AddressSpace, MemoryError, RamBlock};
-use atoll_machine::state::StateSection;
+use atoll_machine::state::{ContainerError, StateSection};
 use atoll_machine::time::{HostClock, Timers};
 use atoll_pci::PciRoot;
 use atoll_virtio::console::Console;
@@ -103,6 +103,26 @@ pub(crate) struct Machine<B: Backend> {
     sections: Vec<(String, Arc<dyn StateSection>)>,
 }
 
+/// A machine on whichever backend, as its driver sees it.
+pub(crate) trait AnyMachine: Send {
+    /// Loads the kernel and sets every vCPU as firmware would leave it.
+    fn load(&self, config: &Config) -> Result<(), VmError>;
+    /// What the outside can type at.
+    fn inputs(&self) -> MachineInputs;
+    /// Presses the ACPI power button.
+    fn press_power_button(&self);
+    /// Lets time, devices and every vCPU run.
+    fn resume(&self);
+    /// Stops every vCPU at a consistent point, then time, then the devices: nothing of the machine changes until
+    /// [`AnyMachine::resume`].
+    fn pause(&self);
+    /// The state of everything but memory. The machine must be paused.
+    fn save(&self) -> Result<Vec<u8>, VmError>;
+    /// Takes over a state that a machine of the same description saved. The machine stays paused; after an error
+    /// it must not run.
+    fn restore(&self, saved: &[u8]) -> Result<(), ContainerError>;
+}
+
 impl<B: Backend> Machine<B>
 where
     <B::Partition as Partition>::Vcpu: 'static,
@@ -135,6 +155,9 @@ where
             eoi: Some(controllers.ioapic.clone()),
         })?;
         controllers.connect_cpus(&partition.extint_sink(), &partition.msi_sink());
+        if let Some(routes) = partition.ioapic_routes() {
+            controllers.ioapic.connect_routes(routes);
+        }
         let chipset = chipset::build(config, &common, &controllers, serial)?;
         let pci = pci::build(config, &common, &chipset, &controllers.gsi, partition.msi_sink(), virtio)?;
         let vcpus = start_vcpus(config, &partition, &common)?;
@@ -151,9 +174,13 @@ where
             sections: chipset.sections.into_iter().chain(pci.sections).collect(),
         })
     }
+}
 
-    /// Loads the kernel and sets every vCPU as firmware would leave it.
-    pub(crate) fn load(&self, config: &Config) -> Result<(), VmError> {
+impl<B: Backend> AnyMachine for Machine<B>
+where
+    <B::Partition as Partition>::Vcpu: 'static,
+{
+    fn load(&self, config: &Config) -> Result<(), VmError> {
         let tables = tables(&config.map, config.topology, config.uuid);
         let entry = boot::load(&config.boot, &tables, &self.memory)?;
         for (index, vcpu) in self.vcpus.iter().enumerate() {
@@ -167,18 +194,15 @@ where
         Ok(())
     }
 
-    /// What the outside can type at.
-    pub(crate) fn inputs(&self) -> MachineInputs {
+    fn inputs(&self) -> MachineInputs {
         MachineInputs { serial: self.serial.clone(), console: self.console.clone() }
     }
 
-    /// Presses the ACPI power button.
-    pub(crate) fn press_power_button(&self) {
+    fn press_power_button(&self) {
         self.pm.press_power_button();
     }
 
-    /// Lets time, devices and every vCPU run.
-    pub(crate) fn resume(&self) {
+    fn resume(&self) {
         self.clock.resume();
         self.device_thread.look_again();
         for device in &self.virtio {
@@ -189,9 +213,7 @@ where
         }
     }
 
-    /// Stops every vCPU at a consistent point, then time, then the devices: nothing of the machine changes until
-    /// [`Machine::resume`].
-    pub(crate) fn pause(&self) {
+    fn pause(&self) {
         for vcpu in &self.vcpus {
             vcpu.request_pause();
         }
@@ -204,6 +226,14 @@ where
         for device in &self.virtio {
             device.pause();
         }
+    }
+
+    fn save(&self) -> Result<Vec<u8>, VmError> {
+        self.save_sections()
+    }
+
+    fn restore(&self, saved: &[u8]) -> Result<(), ContainerError> {
+        self.restore_sections(saved)
     }
 }
 

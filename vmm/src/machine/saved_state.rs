@@ -62,8 +62,8 @@ impl<B: Backend> Machine<B>
 where
     <B::Partition as Partition>::Vcpu: 'static,
 {
-    /// The state of everything but memory. The machine must be paused (see [`Machine::pause`]).
-    pub(crate) fn save(&self) -> Result<Vec<u8>, VmError> {
+    /// See [`AnyMachine::save`](super::AnyMachine::save).
+    pub(super) fn save_sections(&self) -> Result<Vec<u8>, VmError> {
         let mut writer = StateWriter::new(MACHINE_NAME, env!("CARGO_PKG_VERSION"));
         self.with_sections(|sections| {
             for (name, section) in sections {
@@ -75,9 +75,8 @@ where
         Ok(bytes)
     }
 
-    /// Takes over a state that a machine of the same description saved. The machine stays paused; after an error
-    /// it must not run.
-    pub(crate) fn restore(&self, saved: &[u8]) -> Result<(), ContainerError> {
+    /// See [`AnyMachine::restore`](super::AnyMachine::restore).
+    pub(super) fn restore_sections(&self, saved: &[u8]) -> Result<(), ContainerError> {
         let reader = StateReader::new(saved)?;
         let header = reader.header();
         for (what, found, expected) in
