@@ -81,6 +81,11 @@ impl TransparentHugePages {
         }
     }
 
+    /// Whether private memory gets huge pages when its owner asks for them (`madvise`).
+    pub fn for_private_memory(&self) -> bool {
+        ["always", "madvise"].contains(&self.enabled.as_str())
+    }
+
     /// Whether shared memory gets huge pages when its owner asks for them (`madvise`).
     pub fn for_shared_memory(&self) -> bool {
         const GIVEN: [&str; 4] = ["always", "within_size", "advise", "force"];
@@ -169,6 +174,11 @@ mod tests {
         assert!(!given("never", "") && !given("never", "inherit") && !given("", ""));
         assert!(given("advise", "") && given("within_size", "inherit") && given("always", "inherit"));
         assert!(given("never", "advise") && !given("advise", "never"));
+        let private = |enabled: &str| {
+            TransparentHugePages { enabled: enabled.to_owned(), ..TransparentHugePages::default() }
+                .for_private_memory()
+        };
+        assert!(private("madvise") && private("always") && !private("never") && !private(""));
         assert!(!given("deny", "always") && given("force", "never"));
     }
 

@@ -12,7 +12,6 @@
 //! What the kernel reserves from a pool does not say on which node it lies. With a node given, memory from a pool is
 //! therefore obtained at once: a shortage shows here and not as a SIGBUS in the middle of the guest.
 
-use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -29,6 +28,9 @@ pub enum RamPages {
     /// Transparent huge pages if the host gives them to shared memory.
     #[default]
     Transparent,
+    /// Transparent huge pages of private memory: many hosts give them to that and not to shared memory. The block
+    /// has no file, so no other process can map it.
+    PrivateTransparent,
     /// Pages of 4 KiB only.
     Small,
     /// 2 MiB pages from the host's pool.
@@ -41,7 +43,7 @@ impl RamPages {
     /// Bytes of a page whose multiple the block's size must be.
     pub fn size(self) -> u64 {
         match self {
-            Self::Transparent | Self::Small => PAGE_SIZE,
+            Self::Transparent | Self::PrivateTransparent | Self::Small => PAGE_SIZE,
             Self::Huge2M => 2 << 20,
             Self::Huge1G => 1 << 30,
         }
@@ -65,8 +67,12 @@ pub struct RamOptions {
     pub numa_node: Option<u32>,
 }
 
-/// Makes the memfd and its mapping.
-pub(super) fn create(name: &str, size: u64, options: &RamOptions) -> Result<(OwnedFd, Mapping), MemoryError> {
+/// Makes the mapping, and the memfd behind it unless the memory is private.
+pub(super) fn create(
+    name: &str,
+    size: u64,
+    options: &RamOptions,
+) -> Result<(Option<OwnedFd>, Mapping), MemoryError> {
     if size == 0 || !size.is_multiple_of(PAGE_SIZE) || size > MAX_BLOCK_SIZE {
         return Err(MemoryError::BadSize { name: name.to_owned(), size });
     }
@@ -79,16 +85,16 @@ pub(super) fn create(name: &str, size: u64, options: &RamOptions) -> Result<(Own
         move |source: io::Error| MemoryError::Host { name, what, source }
     };
     let file = create_file(name, size, options.pages).map_err(host("cannot make a memfd"))?;
-    let memory = if options.pages.is_pooled() {
-        Mapping::of_file_reserved(file.as_fd(), size as usize)
-            .map_err(host("cannot reserve enough of the host's huge pages"))?
-    } else {
-        Mapping::of_file(file.as_fd(), size as usize).map_err(host("mmap"))?
+    let memory = match &file {
+        None => Mapping::anonymous(size as usize).map_err(host("mmap"))?,
+        Some(file) if options.pages.is_pooled() => Mapping::of_file_reserved(file.as_fd(), size as usize)
+            .map_err(host("cannot reserve enough of the host's huge pages"))?,
+        Some(file) => Mapping::of_file(file.as_fd(), size as usize).map_err(host("mmap"))?,
     };
     // Guest memory is the guest's own: it does not belong in a core file of the host process.
     memory.advise(Advice::LinuxDontDump);
     match options.pages {
-        RamPages::Transparent => memory.advise(Advice::LinuxHugepage),
+        RamPages::Transparent | RamPages::PrivateTransparent => memory.advise(Advice::LinuxHugepage),
         RamPages::Small => memory.advise(Advice::LinuxNoHugepage),
         RamPages::Huge2M | RamPages::Huge1G => {}
     }
@@ -103,13 +109,15 @@ pub(super) fn create(name: &str, size: u64, options: &RamOptions) -> Result<(Own
         _ => options.prefault_threads,
     };
     if threads > 0 {
-        populate(file.as_fd(), &memory, threads, page).map_err(host("cannot obtain all of it"))?;
+        populate(file.as_ref().map(AsFd::as_fd), &memory, threads, page)
+            .map_err(host("cannot obtain all of it"))?;
     }
     Ok((file, memory))
 }
 
-fn create_file(name: &str, size: u64, pages: RamPages) -> io::Result<OwnedFd> {
+fn create_file(name: &str, size: u64, pages: RamPages) -> io::Result<Option<OwnedFd>> {
     let kind = match pages {
+        RamPages::PrivateTransparent => return Ok(None),
         RamPages::Transparent | RamPages::Small => MemfdFlags::empty(),
         RamPages::Huge2M => MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB,
         RamPages::Huge1G => MemfdFlags::HUGETLB | MemfdFlags::HUGE_1GB,
@@ -117,14 +125,14 @@ fn create_file(name: &str, size: u64, pages: RamPages) -> io::Result<OwnedFd> {
     let file = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | kind)?;
     rustix::fs::ftruncate(&file, size)?;
     rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
-    Ok(file)
+    Ok(Some(file))
 }
 
 /// Smallest share of a thread: below it, starting the thread costs more than it saves.
 const MIN_SHARE: u64 = 64 << 20;
 
 /// Obtains every page, in `threads` shares of whole pages of `page` bytes.
-fn populate(file: BorrowedFd<'_>, memory: &Mapping, threads: usize, page: u64) -> io::Result<()> {
+fn populate(file: Option<BorrowedFd<'_>>, memory: &Mapping, threads: usize, page: u64) -> io::Result<()> {
     let size = memory.len() as u64;
     let share =
         size.div_ceil(threads as u64).max(MIN_SHARE).next_multiple_of(page.max(RamPages::Huge2M.size()));
@@ -138,13 +146,12 @@ fn populate(file: BorrowedFd<'_>, memory: &Mapping, threads: usize, page: u64) -
         let joined = workers.into_iter().map(|w| w.join().unwrap_or_else(|_| Err(io::Error::other("panic"))));
         joined.fold(Ok(()), Result::and)
     });
-    match result {
+    match (result, file) {
         // Kernels before 5.14 do not know MADV_POPULATE_WRITE. This obtains the memory as well, without page tables.
-        Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
-            let file = File::from(file.try_clone_to_owned()?);
-            Ok(rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, size)?)
+        (Err(error), Some(file)) if error.kind() == io::ErrorKind::InvalidInput => {
+            Ok(rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), 0, size)?)
         }
-        other => other,
+        (other, _) => other,
     }
 }
 
@@ -182,6 +189,24 @@ mod tests {
         assert!(touched >= PAGE_SIZE && touched < size, "{touched}");
         let eager = block(size, &RamOptions { prefault_threads: 3, ..RamOptions::default() }).unwrap();
         assert_eq!(smaps(&eager, &["Rss"]), size);
+    }
+
+    #[test]
+    fn private_memory_gets_huge_pages_where_the_host_gives_them_and_has_no_file() {
+        let options =
+            RamOptions { pages: RamPages::PrivateTransparent, prefault_threads: 1, ..RamOptions::default() };
+        let private = block(16 << 20, &options).unwrap();
+        assert!(private.file().is_none());
+        private.write(5 << 20, &[7; 100]).unwrap();
+        assert_eq!(smaps(&private, &["Rss"]), 16 << 20);
+        let enabled =
+            std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled").unwrap_or_default();
+        if !enabled.contains("[madvise]") && !enabled.contains("[always]") {
+            println!("skipped in part: this host gives no transparent huge pages");
+            return;
+        }
+        // A host whose memory is in pieces may not have all of them.
+        assert!(smaps(&private, &["AnonHugePages"]) > 0);
     }
 
     #[test]

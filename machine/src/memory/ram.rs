@@ -87,13 +87,14 @@ pub const MAX_BLOCK_SIZE: u64 = 1 << 42;
 
 /// One contiguous host-mapped block of guest RAM or ROM.
 ///
-/// The kind is *shared* today: a sealed memfd that other processes can map. The module's documentation says
-/// what a store owes to the page flags.
+/// The kind is *shared* unless asked otherwise: a sealed memfd that other processes can map. The module's
+/// documentation says what a store owes to the page flags.
 pub struct RamBlock {
     name: String,
     size: u64,
     memory: Mapping,
-    file: OwnedFd,
+    /// `None` for private memory.
+    file: Option<OwnedFd>,
     flags: Mapping,
     versions: Mapping,
     readers: ArcSwap<Vec<Arc<LogBits>>>,
@@ -151,9 +152,10 @@ impl RamBlock {
         self.memory.as_ptr()
     }
 
-    /// The memfd, for processes that share the memory. It can be neither shrunk nor grown.
-    pub fn file(&self) -> BorrowedFd<'_> {
-        self.file.as_fd()
+    /// The memfd, for processes that share the memory. It can be neither shrunk nor grown. `None` for a block of
+    /// private memory ([`RamPages::PrivateTransparent`](super::RamPages::PrivateTransparent)).
+    pub fn file(&self) -> Option<BorrowedFd<'_>> {
+        self.file.as_ref().map(AsFd::as_fd)
     }
 
     /// Fills `buf` from `offset`. Aligned reads of 2, 4 and 8 bytes are single accesses.

@@ -42,7 +42,7 @@ impl Hypervisor {
         std::thread::yield_now();
         // Past `RamBlock::write`, which would note the store.
         let bytes = value.to_le_bytes();
-        rustix::io::pwrite(block.file(), &bytes, page * PAGE_SIZE + at).unwrap();
+        rustix::io::pwrite(block.file().unwrap(), &bytes, page * PAGE_SIZE + at).unwrap();
     }
 }
 
