@@ -6,6 +6,7 @@
 //! `target/boot/SCENARIO.log`.
 
 mod machine;
+mod memory;
 mod scenarios;
 
 use std::path::PathBuf;
@@ -32,14 +33,38 @@ pub(crate) struct Arguments {
     /// Seconds a guest may take to reach its shell
     #[arg(long, default_value_t = 600)]
     patience: u64,
-    /// Only scenarios whose name contains this
-    filter: Option<String>,
+    /// What executes the guests: software or kvm
+    #[arg(long, default_value = "software")]
+    accel: String,
+    /// Programs and guests are where `cargo xtask lab` puts them
+    #[arg(long, hide = true)]
+    inside: bool,
+    /// Only scenarios whose name contains one of these
+    filter: Vec<String>,
+}
+
+/// Where `cargo xtask lab` puts what the scenarios need, for `--inside`.
+pub(crate) mod inside {
+    /// The program under test.
+    pub(crate) const ATOLL: &str = "/bin/atoll";
+    /// The benchmark program as an initial root file system.
+    pub(crate) const BENCH_INITRD: &str = "/guests/bench.cpio";
+    /// A Debian root file system that may be written.
+    pub(crate) const DEBIAN_DISK: &str = "/dev/vda";
 }
 
 impl Arguments {
     /// The lane of every `ci`.
     pub(crate) fn short() -> Self {
-        Self { long: false, reference: false, clock_minutes: 10, patience: 600, filter: None }
+        Self {
+            long: false,
+            reference: false,
+            clock_minutes: 10,
+            patience: 600,
+            accel: "software".to_owned(),
+            inside: false,
+            filter: Vec::new(),
+        }
     }
 
     /// The lane of `ci --long`.
@@ -53,6 +78,8 @@ pub(crate) struct Lane {
     vmm: Vmm,
     quick_start: quick_start::QuickStart,
     bench_initrd: PathBuf,
+    /// A Debian root file system of this run's own; otherwise a copy of the cache's is made.
+    debian_disk: Option<PathBuf>,
     patience: Duration,
     clock: Duration,
     logs: PathBuf,
@@ -73,23 +100,30 @@ pub(crate) struct Scenario {
 /// # Errors
 /// If the guests cannot be had or a scenario failed.
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
-    let vmm = if arguments.reference { Vmm::Qemu } else { Vmm::Atoll(target().join("release/atoll")) };
+    let program = if arguments.inside { inside::ATOLL.into() } else { target().join("release/atoll") };
+    let vmm = if arguments.reference { Vmm::Qemu } else { Vmm::Atoll(program, arguments.accel.clone()) };
+    let bench_initrd = if arguments.inside { inside::BENCH_INITRD.into() } else { guests::bench_initrd()? };
     let cache = Cache::open()?;
     let logs = target().join("boot");
     std::fs::create_dir_all(&logs).with_context(|| format!("cannot create {}", logs.display()))?;
     let lane = Lane {
         vmm,
         quick_start: quick_start::in_cache(&cache, GuestKernel::Host, &mut Lines)?,
-        bench_initrd: guests::bench_initrd()?,
+        bench_initrd,
+        debian_disk: arguments.inside.then(|| inside::DEBIAN_DISK.into()),
         patience: Duration::from_secs(arguments.patience),
         clock: Duration::from_secs(60 * arguments.clock_minutes),
         logs,
     };
     let mut scenarios = scenarios::short();
+    if arguments.accel == "kvm" {
+        scenarios.extend(scenarios::on_kvm());
+    }
     if arguments.long {
         scenarios.extend(scenarios::long());
     }
-    let wanted = |s: &Scenario| arguments.filter.as_ref().is_none_or(|f| s.name.contains(f.as_str()));
+    let filter = &arguments.filter;
+    let wanted = |s: &Scenario| filter.is_empty() || filter.iter().any(|f| s.name.contains(f.as_str()));
     let (mut passed, mut failed) = (0, 0);
     for scenario in scenarios.iter().filter(|s| wanted(s)) {
         if scenario.atoll_only && arguments.reference {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 
 use crate::process::{cargo, run as run_command};
-use crate::{boot, fuzz, setup, tidy};
+use crate::{boot, fuzz, lab, setup, tidy};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
@@ -66,6 +66,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
             !step("build", &mut || run_command(&mut cargo(&["build", "--release", "--package", "atoll"])));
         if built {
             step("guests boot", &mut || boot::run(&boot::Arguments::short()));
+            step("KVM in the lab", &mut || lab::run(&lab::Arguments::short()));
         }
         if arguments.long {
             long_lane(arguments, built, &mut step);
@@ -96,6 +97,8 @@ fn long_lane(arguments: &Arguments, built: bool, step: &mut Step<'_>) {
     if built {
         step("every kernel and a whole Debian", &mut || boot::run(&boot::Arguments::long()));
     }
+    step("KVM in the lab, at length", &mut || lab::run(&lab::Arguments::long()));
+    step("KVM on Intel's virtualization", &mut || lab::run(&lab::Arguments::intel()));
     step("fuzz", &mut || fuzz::run(&fuzz::Arguments::all(arguments.fuzz_seconds)));
 }
 

@@ -6,6 +6,7 @@
 //! | `tidy` | the house rules that the compiler does not know |
 //! | `guests` | fetches and builds the guests of the tests |
 //! | `boot` | boots guests with `atoll` and checks what they say |
+//! | `lab` | the KVM backend on a processor that virtualizes, emulated |
 //! | `bench` | native, Atoll and QEMU side by side |
 //! | `fuzz` | builds and runs the fuzz targets |
 #![forbid(unsafe_code)]
@@ -15,6 +16,7 @@ mod boot;
 mod ci;
 mod fuzz;
 mod guests;
+mod lab;
 mod process;
 mod setup;
 mod tidy;
@@ -38,6 +40,8 @@ enum Verb {
     Guests(guests::Arguments),
     /// Boot guests and check what they say
     Boot(boot::Arguments),
+    /// Prove the KVM backend where an emulated processor virtualizes
+    Lab(lab::Arguments),
     /// Measure native, Atoll and QEMU side by side
     Bench(bench::Arguments),
     /// Build the fuzz targets and run each for a while
@@ -50,6 +54,7 @@ fn main() -> std::process::ExitCode {
         Verb::Tidy => tidy::run(),
         Verb::Guests(arguments) => guests::run(&arguments),
         Verb::Boot(arguments) => boot::run(&arguments),
+        Verb::Lab(arguments) => lab::run(&arguments),
         Verb::Bench(arguments) => bench::run(&arguments),
         Verb::Fuzz(arguments) => fuzz::run(&arguments),
     };

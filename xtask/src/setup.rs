@@ -3,6 +3,7 @@
 //! This is the only step that changes the machine and the only one that needs root (directly or through sudo).
 //! On hosts without `apt-get` it only says what is missing.
 
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
@@ -11,6 +12,7 @@ use crate::process::{has, run};
 
 /// A program and the Debian package that has it.
 struct Need {
+    /// Its name, or the whole path of a file that is no program.
     program: &'static str,
     package: &'static str,
     /// Without it the short `ci` still passes: only measurements and the long lane need it.
@@ -25,7 +27,7 @@ const fn wish(program: &'static str, package: &'static str) -> Need {
     Need { program, package, optional: true }
 }
 
-const NEEDS: [Need; 12] = [
+const NEEDS: [Need; 20] = [
     need("gcc", "gcc"),
     need("g++", "g++"),
     need("iasl", "acpica-tools"),
@@ -33,11 +35,21 @@ const NEEDS: [Need; 12] = [
     need("modinfo", "kmod"),
     need("mke2fs", "e2fsprogs"),
     need("xz", "xz-utils"),
-    wish("busybox", "busybox-static"),
-    wish("qemu-system-x86_64", "qemu-system-x86"),
+    // The lab: a processor that virtualizes, emulated.
+    need("busybox", "busybox-static"),
+    need("qemu-system-x86_64", "qemu-system-x86"),
     wish("qemu-img", "qemu-utils"),
     wish("mmdebstrap", "mmdebstrap"),
     wish("newuidmap", "uidmap"),
+    // What `lab --intel` boots with.
+    wish("/usr/lib/x86_64-linux-gnu/bochs/plugins/libbx_term_gui.so", "bochs-term"),
+    wish("bochs", "bochs"),
+    wish("grub-mkrescue", "grub-common"),
+    wish("xorriso", "xorriso"),
+    wish("mformat", "mtools"),
+    wish("/usr/share/bochs/BIOS-bochs-latest", "bochsbios"),
+    wish("/usr/share/vgabios/vgabios.bin", "vgabios"),
+    wish("/usr/lib/grub/i386-pc/boot.img", "grub-pc-bin"),
 ];
 
 /// Installs what is missing.
@@ -80,7 +92,9 @@ pub(crate) fn install() -> Result<()> {
 }
 
 fn missing(which: impl Fn(&Need) -> bool) -> Vec<&'static str> {
-    NEEDS.iter().filter(|need| which(need) && !has(need.program)).map(|need| need.package).collect()
+    let there =
+        |program: &str| if program.starts_with('/') { Path::new(program).exists() } else { has(program) };
+    NEEDS.iter().filter(|need| which(need) && !there(need.program)).map(|need| need.package).collect()
 }
 
 fn apt_get(arguments: &[&str]) -> Result<()> {

@@ -14,7 +14,7 @@ use crate::{Error, Result, apt};
 
 /// Drivers of the machine's devices, in the order in which to load them. A kernel that has one built in, or
 /// none of that name, does without.
-const DRIVERS: [&str; 10] = [
+pub const DRIVERS: [&str; 10] = [
     "virtio_pci",
     "virtio_console",
     "virtio_blk",

@@ -8,8 +8,8 @@ pub(crate) use atoll_scenarios::console::Machine;
 /// Which program runs the machine.
 #[derive(Debug, Clone)]
 pub(crate) enum Vmm {
-    /// The built `atoll`.
-    Atoll(PathBuf),
+    /// `atoll`: the program, and what `--accel` says.
+    Atoll(PathBuf, String),
     /// QEMU's emulator, as the reference.
     Qemu,
 }
@@ -31,15 +31,15 @@ impl Vmm {
     /// The command that runs `spec`.
     pub(crate) fn command(&self, spec: &Spec) -> Command {
         match self {
-            Self::Atoll(program) => atoll(program, spec),
+            Self::Atoll(program, accel) => atoll(program, accel, spec),
             Self::Qemu => qemu(spec),
         }
     }
 }
 
-fn atoll(program: &Path, spec: &Spec) -> Command {
+fn atoll(program: &Path, accel: &str, spec: &Spec) -> Command {
     let mut command = Command::new(program);
-    command.args(["run", "--accel", "software"]);
+    command.args(["run", "--accel", accel]);
     command.arg("--kernel").arg(&spec.kernel).arg("--initrd").arg(&spec.initrd);
     command.args(["--append", &spec.append, "--cpus", &spec.cpus.to_string()]);
     command.args(["--memory", &format!("{}M", spec.memory_mib)]);

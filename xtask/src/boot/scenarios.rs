@@ -1,6 +1,6 @@
 //! The scenarios: what a guest must be able to do, and what the program must say when asked for nonsense.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 use atoll_guests::{Cache, GuestKernel, debian, initramfs, kernel};
 
 use super::machine::{Machine, Spec, Vmm};
-use super::{Lane, Scenario};
+use super::{Lane, Scenario, memory};
 use crate::guests::{Lines, fetch};
 use crate::process::output_within;
 
@@ -73,6 +73,11 @@ pub(super) fn long() -> Vec<Scenario> {
     list.push(scenario("Debian 12 boots to a login with no failed unit", debian_login));
     list.push(scenario("clock: guest time agrees with the host's, idle and loaded", clock));
     list
+}
+
+/// What only a machine with a processor behind it must show.
+pub(super) fn on_kvm() -> Vec<Scenario> {
+    vec![atoll_only("memory beyond guest RAM with one vCPU and 128 MiB", small_process)]
 }
 
 impl Lane {
@@ -157,7 +162,7 @@ fn shell_session(lane: &Lane) -> Result<()> {
     ensure!(written == "done", "dd said {written:?}");
     let bytes = std::fs::read(&disk).context("cannot read the disk")?;
     ensure!(bytes.starts_with(b"through-the-ring\n"), "what the guest flushed is not in the image");
-    if matches!(lane.vmm, Vmm::Atoll(_)) {
+    if matches!(lane.vmm, Vmm::Atoll(..)) {
         let random = ask(&mut machine, "cat /sys/class/misc/hw_random/rng_current")?;
         ensure!(random.starts_with("virtio_rng"), "the guest's random source is {random:?}");
         let refused = refused(lane, &spec, &disk.display().to_string());
@@ -213,6 +218,18 @@ fn terminal_session(lane: &Lane) -> Result<()> {
     no_bad_signs(&lane.vmm, &machine.text())
 }
 
+fn small_process(lane: &Lane) -> Result<()> {
+    const LIMIT_KIB: u64 = 5 << 10;
+    let mut machine = lane.shell(&Spec { memory_mib: 128, ..lane.spec(1) }, "memory")?;
+    let use_ = memory::of(machine.id())?;
+    println!("  {use_}");
+    machine.type_line("poweroff")?;
+    machine.wait(SHORT)?;
+    let beyond = use_.beyond_ram_kib();
+    ensure!(beyond <= LIMIT_KIB, "{beyond} KiB beyond guest RAM, {LIMIT_KIB} are allowed");
+    Ok(())
+}
+
 fn panic_ends(lane: &Lane) -> Result<()> {
     let mut machine = lane.shell(&lane.spec(1), "panic")?;
     machine.type_line("echo c >/proc/sysrq-trigger")?;
@@ -242,15 +259,24 @@ fn refused_command(command: Command, what: &str) -> Result<()> {
     Ok(())
 }
 
+fn copy_of_debian(cache: &Cache, directory: &Path) -> Result<PathBuf> {
+    let original = debian::root_image(cache, &mut Lines)?;
+    let disk = directory.join("root.img");
+    let copied = Command::new("cp").arg("--sparse=always").arg(&original).arg(&disk).status();
+    ensure!(copied.is_ok_and(|s| s.success()), "cannot copy {}", original.display());
+    Ok(disk)
+}
+
 fn debian_login(lane: &Lane) -> Result<()> {
     let cache = Cache::open()?;
-    let original = debian::root_image(&cache, &mut Lines)?;
     let files = kernel::fetch(&cache, GuestKernel::Cloud61, &mut Lines)?;
     let busybox = kernel::busybox(&cache, &mut Lines)?;
     let directory = tempfile::tempdir().context("cannot create a directory")?;
-    let (disk, initrd) = (directory.path().join("root.img"), directory.path().join("initrd.cpio"));
-    let copied = Command::new("cp").arg("--sparse=always").arg(&original).arg(&disk).status();
-    ensure!(copied.is_ok_and(|s| s.success()), "cannot copy {}", original.display());
+    let initrd = directory.path().join("initrd.cpio");
+    let disk = match &lane.debian_disk {
+        Some(disk) => disk.clone(),
+        None => copy_of_debian(&cache, directory.path())?,
+    };
     std::fs::write(&initrd, initramfs::root_on_disk(&files, &busybox)?).context("cannot write the initrd")?;
     let spec = Spec {
         kernel: files.vmlinuz,
@@ -349,7 +375,7 @@ mod tests {
 
     #[test]
     fn a_kernel_that_complains_is_noticed() {
-        let atoll = Vmm::Atoll("atoll".into());
+        let atoll = Vmm::Atoll("atoll".into(), "software".into());
         assert!(no_bad_signs(&atoll, "[ 0.1] ACPI: Core revision\n").is_ok());
         assert!(no_bad_signs(&atoll, "[ 0.1] ACPI Error: AE_NOT_FOUND\n").is_err());
         assert!(no_bad_signs(&atoll, "[ 9.1] watchdog: BUG: soft lockup - CPU#0\n").is_err());
@@ -371,7 +397,8 @@ mod tests {
 
     #[test]
     fn scenario_names_are_unique() {
-        let mut names: Vec<String> = short().into_iter().chain(long()).map(|s| s.name).collect();
+        let mut names: Vec<String> =
+            short().into_iter().chain(long()).chain(on_kvm()).map(|s| s.name).collect();
         let count = names.len();
         names.sort();
         names.dedup();

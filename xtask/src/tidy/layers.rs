@@ -38,6 +38,7 @@ const HOUSE: &[Place] = &[
     place("atoll-cpu-software", "backends/software", 2, &["atoll-backend-conformance"]),
     place("atoll-kvm", "backends/kvm", 2, &["atoll-backend-conformance"]),
     place("atoll-differential", "testing/differential", 3, &[]),
+    place("atoll-exit-hammer", "testing/exit-hammer", 3, &[]),
     place("atoll-oracle", "testing/oracle", 3, &[]),
     place("atoll-pci", "devices/pci", 3, &[]),
     place("atoll-chipset", "devices/chipset", 3, &["atoll-pci"]),

@@ -10,6 +10,7 @@
 
 use std::io;
 use std::ptr::NonNull;
+use std::sync::OnceLock;
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
@@ -105,8 +106,14 @@ impl Drop for Arena {
 
 /// Serialises instruction execution, so that code written through the other mapping is fetched anew (Intel SDM
 /// vol. 3, 9.1.3). IRET is the cheapest serialising instruction that user mode has; CPUID would leave a host
-/// that is itself a guest.
+/// that is itself a guest. But QEMU's emulator before 9.1 faults on an IRET in user mode where the kernel uses SMAP:
+/// there it is CPUID.
 fn serialize() {
+    static IRET_FAULTS: OnceLock<bool> = OnceLock::new();
+    if *IRET_FAULTS.get_or_init(is_qemu_emulator) {
+        std::hint::black_box(std::arch::x86_64::__cpuid(0));
+        return;
+    }
     // SAFETY: returns to the next instruction with the same stack, flags and segments.
     unsafe {
         core::arch::asm!(
@@ -125,4 +132,11 @@ fn serialize() {
             wide = out(reg) _,
         );
     }
+}
+
+/// Whether the host is emulated by QEMU: the hypervisor bit, and the vendor in CPUID leaf 0x4000_0000.
+fn is_qemu_emulator() -> bool {
+    let is_guest = std::arch::x86_64::__cpuid(1).ecx >> 31 == 1;
+    let vendor = std::arch::x86_64::__cpuid(0x4000_0000);
+    is_guest && [vendor.ebx, vendor.ecx, vendor.edx].map(u32::to_le_bytes).concat() == b"TCGTCGTCGTCG"
 }

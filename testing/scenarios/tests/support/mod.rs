@@ -5,7 +5,7 @@ use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use atoll_api_types::VmSpec;
+use atoll_api_types::{Accelerator, VmSpec};
 use atoll_storage::Disk;
 use atoll_vmm::{RunEnd, Vm, VmHandle, VmOutputs};
 
@@ -82,9 +82,13 @@ impl Drop for Running {
     }
 }
 
-/// A machine that boots `kernel`.
+/// A machine that boots `kernel`, on the backend that `ATOLL_TEST_ACCEL` names: `kvm` in the lab.
 pub(crate) fn spec(kernel: &Path) -> VmSpec {
     let mut spec = VmSpec::named("scenario");
     spec.boot.kernel = Some(kernel.to_owned());
+    spec.accel = match std::env::var("ATOLL_TEST_ACCEL").as_deref() {
+        Ok("kvm") => Accelerator::Kvm,
+        _ => Accelerator::Software,
+    };
     spec
 }

@@ -1,0 +1,302 @@
+//! The host's side: the machine around the guest, what the guest asks of it, and what it does unasked.
+//!
+//! ```text
+//! vCPU threads (3)   run ── kicked ──► check the accesses, sometimes read the state and set it again ──► run
+//! kicker             stops a vCPU every few milliseconds
+//! messenger          messages and NMIs to random vCPUs
+//! dirt reader        logs dirty pages for a while, checks that what changed is in it
+//! main               watches that every vCPU makes progress; says when it is over
+//! ```
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail, ensure};
+use atoll_backend_conformance::fixture::{Access, Cells, Guest, Machine};
+use atoll_machine::backend::{Backend, HaltReason, Partition, Vcpu};
+use atoll_machine::cpu::state::Activity;
+use atoll_machine::interrupt::Msi;
+use atoll_machine::memory::{PAGE_SIZE, RamBlock};
+
+use crate::guest::{self, WAYS, hook, place};
+use crate::random::Random;
+
+/// vCPUs that run the program.
+const HAMMERS: u32 = 2;
+/// How long a vCPU may go without finishing a round before it counts as hung. Hosts may be slow and busy.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What happened, for the summary.
+#[derive(Debug, Default)]
+pub(crate) struct Statistics {
+    pub(crate) rounds: u64,
+    pub(crate) exits: u64,
+    pub(crate) stops: AtomicU64,
+    pub(crate) states: AtomicU64,
+    pub(crate) messages: AtomicU64,
+    pub(crate) dirty_checks: AtomicU64,
+    pub(crate) level_ends: u64,
+}
+
+/// What the threads share.
+struct Shared<'a, P: Partition> {
+    machine: &'a Machine<P>,
+    over: AtomicBool,
+    /// The first thing that went wrong.
+    wrong: Arc<Mutex<Option<String>>>,
+    checker: Mutex<Checker>,
+    statistics: Statistics,
+    seed: u64,
+}
+
+/// Follows the bytes that reach the checked ports: each time the pattern's first 40, in order, none twice.
+#[derive(Default)]
+struct Checker {
+    next: [u8; HAMMERS as usize],
+    exits: u64,
+}
+
+impl Checker {
+    fn take(&mut self, accesses: &[Access]) -> Result<()> {
+        self.exits += accesses.len() as u64;
+        for access in accesses {
+            let Access::PortWrite(port, bytes) = access else { continue };
+            let Some(index) = (0..HAMMERS).find(|i| guest::checked_port(*i) == *port) else { continue };
+            for byte in bytes {
+                let next = &mut self.next[index as usize];
+                ensure!(byte == next, "string output of vCPU {index}: byte {byte} came, {next} was next");
+                *next = (*next + 1) % 40;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Hammers `backend` for `time`.
+///
+/// # Errors
+/// What went wrong, in one line.
+pub(crate) fn run<B: Backend>(backend: &B, seed: u64, time: Duration) -> Result<Statistics> {
+    let machine = Machine::new(backend, HAMMERS + 1);
+    let wrong = Arc::new(Mutex::new(None));
+    prepare(&machine, &wrong)?;
+    let model = machine.model.clone();
+    let mut guests: Vec<_> = (0..HAMMERS)
+        .map(|i| machine.long(i, |a| guest::program(a, &model, seed.wrapping_add(u64::from(i) << 32))))
+        .collect();
+    let mut third = machine.real(HAMMERS, guest::third);
+    let mut waiting = third.state();
+    waiting.activity = Activity::WaitForSipi;
+    third.set_state(&waiting)?;
+    guests.push(third);
+    let mut shared = Shared {
+        machine: &machine,
+        over: AtomicBool::new(false),
+        wrong,
+        checker: Mutex::default(),
+        statistics: Statistics::default(),
+        seed,
+    };
+    std::thread::scope(|scope| {
+        let shared = &shared;
+        for guest in &mut guests {
+            scope.spawn(move || drive(shared, guest));
+        }
+        scope.spawn(|| kick(shared));
+        scope.spawn(|| send_messages(shared));
+        scope.spawn(|| read_dirt(shared));
+        watch(shared, time);
+        shared.over.store(true, Ordering::SeqCst);
+        for index in 0..=HAMMERS {
+            machine.stop(index);
+        }
+    });
+    let wrong = shared.wrong.lock().unwrap_or_else(PoisonError::into_inner).take();
+    if let Some(wrong) = wrong {
+        for guest in &mut guests {
+            let s = guest.vcpu.state();
+            eprintln!("vCPU {}: rip {:#x}, rflags {:#x}, {:x?}", guest.index, s.rip, s.rflags, s.activity);
+        }
+        bail!("{wrong}");
+    }
+    shared.statistics.rounds = (0..HAMMERS).map(|i| machine.u64_at(place::rounds(i))).sum();
+    shared.statistics.exits = shared.checker.get_mut().unwrap_or_else(PoisonError::into_inner).exits;
+    shared.statistics.level_ends = machine.eoi.vectors().len() as u64;
+    Ok(shared.statistics)
+}
+
+/// Devices, RAM that moves, the pattern, and the answers to what the guest asks.
+fn prepare<P: Partition>(machine: &Machine<P>, wrong: &Arc<Mutex<Option<String>>>) -> Result<()> {
+    let pattern: Vec<u8> = (0..=255).collect();
+    machine.write(place::PATTERN, &pattern);
+    let memory = machine.memory.clone();
+    let (mut devices, mut blocks) = (Vec::new(), Vec::new());
+    for index in 0..HAMMERS {
+        let cells = Cells::new(place::DEVICE_SIZE as usize, 0);
+        memory.map_mmio(place::device(index), place::DEVICE_SIZE, cells, 0)?;
+        let cells = Cells::new(place::MOVING_SIZE as usize, guest::moving_first(index));
+        devices.push(memory.map_mmio(place::moving_device(index, 0), place::MOVING_SIZE, cells, 0)?);
+        let block = RamBlock::new_shared("moving", place::MOVING_SIZE)?;
+        blocks.push(memory.map_ram(place::moving_ram(index, 0), &block, 0, place::MOVING_SIZE, 0)?);
+    }
+    let (partition, pic) = (machine.partition.clone(), machine.pic.clone());
+    let (messages, wrong) = (partition.msi_sink(), wrong.clone());
+    machine.on_hook(move |index, port, value| {
+        let to_me = |data| messages.signal_msi(Msi { address: 0xfee0_0000 | u64::from(index) << 12, data });
+        let (i, slot) = (index as usize, u64::from(value & 7));
+        match port as u8 {
+            hook::MESSAGE => to_me(value),
+            hook::LEVEL => to_me(value | 0xc000),
+            hook::LEGACY => pic.raise(value as u8),
+            hook::NMI => partition.inject_nmi(index),
+            hook::MOVE_DEVICE => drop(memory.relocate(devices[i], place::moving_device(index, slot))),
+            hook::MOVE_RAM => drop(memory.relocate(blocks[i], place::moving_ram(index, slot))),
+            hook::ENABLE => drop(memory.set_enabled(devices[i], value != 0)),
+            _ => {
+                let way = WAYS.get((value >> 8) as usize).map_or("between the ways", |w| w.name);
+                note(&wrong, format!("vCPU {index}, {way}: check {:#x} failed", value & 0xff));
+            }
+        }
+    });
+    Ok(())
+}
+
+fn note(wrong: &Mutex<Option<String>>, text: String) {
+    wrong.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(text);
+}
+
+impl<P: Partition> Shared<'_, P> {
+    fn is_over(&self) -> bool {
+        self.over.load(Ordering::SeqCst)
+    }
+
+    fn has_failed(&self) -> bool {
+        self.wrong.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
+    /// A generator of a thread's own.
+    fn random(&self, thread: u64) -> Random {
+        Random::new(self.seed ^ thread.wrapping_mul(0x9e37_79b9_7f4a_7c15))
+    }
+
+    /// Waits up to so many microseconds, but not past the end.
+    fn pause(&self, random: &mut Random, micros: u64) {
+        let until = Instant::now() + Duration::from_micros(random.below(micros) + 1);
+        while Instant::now() < until && !self.is_over() {
+            std::thread::sleep((until - Instant::now()).min(Duration::from_millis(20)));
+        }
+    }
+}
+
+/// One vCPU: runs until it is stopped, checks, runs again.
+fn drive<P: Partition>(shared: &Shared<'_, P>, guest: &mut Guest<P>) {
+    let mut random = shared.random(100 + u64::from(guest.index));
+    while !shared.is_over() {
+        // Panics when the vCPU does not leave its run although it is kicked all the time.
+        let reason = shared.machine.run(guest);
+        if reason != HaltReason::Stopped {
+            let state = guest.vcpu.state();
+            note(&shared.wrong, format!("vCPU {} ended: {reason:?} at {:#x}", guest.index, state.rip));
+            return;
+        }
+        shared.statistics.stops.fetch_add(1, Ordering::Relaxed);
+        {
+            let mut checker = shared.checker.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Err(error) = checker.take(&shared.machine.take_log()) {
+                note(&shared.wrong, error.to_string());
+            }
+        }
+        if random.below(4) == 0 {
+            let state = guest.vcpu.state();
+            if let Err(error) = guest.vcpu.set_state(&state) {
+                note(&shared.wrong, format!("vCPU {} refuses its own state: {error}", guest.index));
+                return;
+            }
+            shared.statistics.states.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Stops a vCPU now and then.
+fn kick<P: Partition>(shared: &Shared<'_, P>) {
+    let mut random = shared.random(1);
+    while !shared.is_over() {
+        shared.pause(&mut random, 10_000);
+        shared.machine.stop(random.below(u64::from(HAMMERS) + 1) as u32);
+    }
+}
+
+/// Messages and NMIs that nobody asked for.
+fn send_messages<P: Partition>(shared: &Shared<'_, P>) {
+    let mut random = shared.random(2);
+    while !shared.is_over() {
+        shared.pause(&mut random, 5_000);
+        let to = random.below(u64::from(HAMMERS));
+        match random.below(4) {
+            0 => shared.machine.partition.inject_nmi(to as u32),
+            // Lowest priority, logical, to either.
+            1 => shared.machine.msi(0xfee0_300c, 0x100 | u32::from(guest::UNASKED)),
+            _ => shared.machine.msi(0xfee0_0000 | to << 12, u32::from(guest::UNASKED)),
+        }
+        shared.statistics.messages.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// Logs dirty pages for a while, then not for a while. A page that changed while it was logged must be in the log.
+fn read_dirt<P: Partition>(shared: &Shared<'_, P>) {
+    let mut random = shared.random(3);
+    let rounds = || [0, 1].map(|i| shared.machine.u64_at(place::rounds(i)));
+    while !shared.is_over() {
+        let mut reader = shared.machine.ram.dirty_log();
+        for _ in 0..random.below(5) + 1 {
+            drop(reader.take());
+            let before = rounds();
+            shared.pause(&mut random, 30_000);
+            let after = rounds();
+            let pages = reader.take();
+            for i in 0..HAMMERS {
+                let changed = before[i as usize] != after[i as usize];
+                if changed && !pages.contains(place::rounds(i) / PAGE_SIZE) {
+                    note(&shared.wrong, format!("a page that vCPU {i} wrote is not in the dirty log"));
+                }
+            }
+            shared.statistics.dirty_checks.fetch_add(1, Ordering::Relaxed);
+        }
+        drop(reader);
+        shared.pause(&mut random, 100_000);
+    }
+}
+
+/// Waits for the end, or for something to go wrong, or for a vCPU that makes no progress.
+fn watch<P: Partition>(shared: &Shared<'_, P>, time: Duration) {
+    let start = Instant::now();
+    let mut last = [(0, start); HAMMERS as usize];
+    while start.elapsed() < time && !shared.has_failed() {
+        std::thread::sleep(Duration::from_millis(50).min(time));
+        for (i, (rounds, since)) in (0..).zip(&mut last) {
+            let now = shared.machine.u64_at(place::rounds(i));
+            if now != *rounds {
+                (*rounds, *since) = (now, Instant::now());
+            } else if since.elapsed() > PATIENCE {
+                note(&shared.wrong, format!("vCPU {i} hangs after {now} rounds"));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lost_repeated_and_reordered_bytes_of_string_output_are_noticed() {
+        let write = |bytes: &[u8]| Access::PortWrite(guest::checked_port(1), bytes.to_vec());
+        let whole: Vec<u8> = (0..40).collect();
+        let fine = [write(&whole[..10]), Access::PortRead(0x100, 1), write(&whole[10..]), write(&[0])];
+        assert!(Checker::default().take(&fine).is_ok());
+        assert!(Checker::default().take(&[write(&[0, 2])]).is_err());
+        assert!(Checker::default().take(&[write(&[0, 0])]).is_err());
+        assert!(Checker::default().take(&[write(&[1])]).is_err());
+    }
+}

@@ -1,0 +1,70 @@
+//! The exit hammer: guests that leave their vCPUs in every way there is, at random, for as long as one likes, on any
+//! backend; checked for what comes back, for hangs, and for a clean stop.
+//!
+//! ```text
+//! main ──► host (machine, threads that kick, interrupt, move memory, log dirty pages) ──► guest (the program)
+//! ```
+//!
+//! The seed is printed and makes the guests' choices again; what the host's threads do depends on time as well.
+
+#![forbid(unsafe_code)]
+
+mod guest;
+mod host;
+mod random;
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+use atoll_cpu_software::partition::SoftwareBackend;
+use atoll_kvm::KvmBackend;
+use clap::Parser;
+
+#[derive(Debug, Parser)]
+#[command(name = "atoll-exit-hammer", about = "Guests that leave their vCPUs in every way, at random")]
+struct Arguments {
+    /// What executes the guests: software or kvm
+    #[arg(long, default_value = "software")]
+    accel: String,
+    /// How long
+    #[arg(long, default_value_t = 10)]
+    seconds: u64,
+    /// Of the guests' choices; from the clock if it is not given
+    #[arg(long)]
+    seed: Option<u64>,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let seed = arguments.seed.unwrap_or_else(|| {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        now.map_or(1, |n| n.as_nanos() as u64)
+    });
+    let name = format!("hammer on {}, {} s, seed {seed}", arguments.accel, arguments.seconds);
+    println!("hammer: seed {seed}");
+    match hammer(&arguments, seed) {
+        Ok(statistics) => {
+            println!("hammer: {} rounds; {statistics:?}", statistics.rounds);
+            println!("test {name} ... ok");
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            println!("test {name} ... FAILED: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn hammer(arguments: &Arguments, seed: u64) -> Result<host::Statistics> {
+    let time = Duration::from_secs(arguments.seconds);
+    let statistics = match arguments.accel.as_str() {
+        "software" => host::run(&SoftwareBackend, seed, time)?,
+        "kvm" => host::run(&KvmBackend::open()?, seed, time)?,
+        other => bail!("there is no --accel {other}; there are software and kvm"),
+    };
+    if statistics.rounds < 100 {
+        bail!("only {} rounds: that shows nothing", statistics.rounds);
+    }
+    Ok(statistics)
+}
