@@ -1,17 +1,37 @@
 //! Dirty logs see what guest code writes, page-table updates included, and miss nothing.
+//!
+//! A processor's nested paging may report more than was written: the walk of a guest's page tables counts as a write
+//! of the tables (AMD APM vol. 2, 15.25; Intel SDM vol. 3, accessed and dirty flags for EPT), and a page may be
+//! mapped writable, and so reported, when it is first read. A page that is not used is never reported, and one
+//! that is only read not again. Backends that count instructions have no such excuse.
 
 use std::collections::BTreeSet;
 
-use atoll_machine::backend::Backend;
+use atoll_machine::backend::{Backend, Partition};
 use iced_x86::code_asm::*;
 
 use crate::fixture::{Machine, RAM_SIZE};
-use crate::payload::DATA;
+use crate::payload::{CODE, DATA};
 use crate::registers::Random;
 
 /// The pages of `log` that were written, as numbers.
 fn pages(log: &mut atoll_machine::memory::DirtyReader) -> Vec<u64> {
     log.take().iter().collect()
+}
+
+/// The tables of [`crate::payload`], which every program's walks use.
+const TABLES: std::ops::Range<u64> = 1..5;
+
+/// `seen` without what the backend may report besides `written`: the page tables, and `read`.
+fn excused<B: Backend>(
+    machine: &Machine<B::Partition>,
+    seen: &[u64],
+    written: &[u64],
+    read: &[u64],
+) -> Vec<u64> {
+    let exact = machine.partition.counting().is_some();
+    let excuse = |page: &u64| !exact && (TABLES.contains(page) || read.contains(page));
+    seen.iter().copied().filter(|page| written.contains(page) || !excuse(page)).collect()
 }
 
 pub(crate) fn two_readers_see_exactly_the_pages_written<B: Backend>(backend: &B) {
@@ -43,12 +63,13 @@ pub(crate) fn two_readers_see_exactly_the_pages_written<B: Backend>(backend: &B)
     });
     let mut second = machine.ram.dirty_log();
     machine.finish(&mut guest);
-    assert_eq!(
-        *seen.lock().expect("no panic"),
-        [expected.clone(), expected.clone()],
-        "re-armed after a take"
-    );
-    assert_eq!(pages(&mut second), expected, "a reader of its own");
+    let read = [page(CODE), page(DATA + 0x20000)];
+    let excused = |seen: &[u64], read: &[u64]| excused::<B>(&machine, seen, &expected, read);
+    let rounds = seen.lock().expect("no panic").clone();
+    assert_eq!(rounds.len(), 2);
+    assert_eq!(excused(&rounds[0], &read), expected);
+    assert_eq!(excused(&rounds[1], &[]), expected, "re-armed after a take, and nothing that is only read");
+    assert_eq!(excused(&pages(&mut second), &read), expected, "a reader of its own");
     assert_eq!(pages(&mut second), [0u64; 0]);
     assert_eq!(pages(&mut first.lock().expect("no panic")), [0u64; 0]);
 }
@@ -79,7 +100,14 @@ pub(crate) fn page_table_updates_are_seen<B: Backend>(backend: &B) {
     });
     machine.finish(&mut guest);
     let expected = [vec![3, table / 4096], vec![], vec![DATA / 4096, table / 4096]];
-    assert_eq!(*seen.lock().expect("no panic"), expected);
+    let read = [CODE / 4096, DATA / 4096, table / 4096];
+    let seen = seen.lock().expect("no panic").clone();
+    let excused: Vec<_> = seen
+        .iter()
+        .zip(&expected)
+        .map(|(seen, written)| excused::<B>(&machine, seen, written, &read))
+        .collect();
+    assert_eq!(excused, expected);
     assert_eq!(machine.u64_at(0x3000 + 4 * 8), table | 0x23, "accessed");
     assert_eq!(machine.u64_at(table), DATA | 0x63, "accessed and dirty");
     assert_eq!(machine.u64_at(table + 8), (DATA + 0x1000) | 3, "not touched");
