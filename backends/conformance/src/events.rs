@@ -102,12 +102,16 @@ pub(crate) fn dropped_binding_sends_nothing<B: Backend>(backend: &B) {
         drop(routes.bind_interrupt(event.as_fd(), Msi { address: APIC, data: 0x41 }).expect("binding"));
     }
     let kept = EventFd::new().expect("an eventfd");
-    let _binding = routes.bind_interrupt(kept.as_fd(), Msi { address: APIC, data: 0x42 }).expect("binding");
-    event.signal();
-    kept.signal();
+    let binding = routes.bind_interrupt(kept.as_fd(), Msi { address: APIC, data: 0x42 }).expect("binding");
+    machine.on_hook(move |_, _, _| {
+        event.signal();
+        kept.signal();
+        let _bound = &binding;
+    });
     let mut guest = machine.long(0, |a| {
         a.interrupts(&[0x41, 0x42]);
         a.sti()?;
+        a.hook(0xe0, 0)?;
         a.await_interrupt(0x42, 1)?;
         a.exit()?;
         Ok(vec![])

@@ -151,10 +151,14 @@ pub fn run_matching<B: Backend>(backend: &B, skip: &[(&str, &str)], filter: &str
             report.skipped.push((case.name, (*why).to_owned()));
             continue;
         }
+        // Told as it goes, so that a suite that hangs says where.
+        println!("{} ...", case.name);
+        let start = std::time::Instant::now();
         match catch_unwind(AssertUnwindSafe(|| (case.run)(backend))) {
             Ok(()) => report.passed.push(case.name),
             Err(payload) => report.failed.push((case.name, words(&*payload))),
         }
+        println!("{} took {:?}", case.name, start.elapsed());
     }
     report
 }

@@ -1,5 +1,7 @@
 //! Stopping, shutting down, counting.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -80,7 +82,7 @@ pub(crate) fn a_stop_asked_for_before_the_run_is_seen<B: Backend>(backend: &B) {
 }
 
 pub(crate) fn stopped_vcpu_continues_where_it_was<B: Backend>(backend: &B) {
-    const TURNS: u64 = 20_000_000;
+    const TURNS: u64 = 2_000_000;
     let machine = Machine::new(backend, 1);
     let mut guest = machine.long(0, |a| {
         let mut again = a.create_label();
@@ -109,7 +111,7 @@ pub(crate) fn stopped_vcpu_continues_where_it_was<B: Backend>(backend: &B) {
 }
 
 pub(crate) fn kicks_without_a_stop_change_nothing<B: Backend>(backend: &B) {
-    const TURNS: u32 = 3_000_000;
+    const TURNS: u32 = 300_000;
     let machine = Machine::new(backend, 1);
     let mut guest = machine.long(0, |a| {
         let mut again = a.create_label();
@@ -122,18 +124,21 @@ pub(crate) fn kicks_without_a_stop_change_nothing<B: Backend>(backend: &B) {
         a.exit()?;
         Ok(vec![])
     });
-    let done = AtomicBool::new(false);
-    let state = std::thread::scope(|scope| {
-        scope.spawn(|| {
-            while !done.load(Ordering::SeqCst) {
-                machine.partition.kick(0);
-                std::thread::sleep(Duration::from_micros(50));
-            }
-        });
-        let state = machine.finish(&mut guest);
-        done.store(true, Ordering::SeqCst);
-        state
+    let done = Arc::new(AtomicBool::new(false));
+    let (partition, end) = (machine.partition.clone(), done.clone());
+    let kicker = std::thread::spawn(move || {
+        let mut kicks = 0u32;
+        while !end.load(Ordering::SeqCst) {
+            partition.kick(0);
+            kicks += 1;
+            std::thread::sleep(Duration::from_micros(50));
+        }
+        kicks
     });
+    let result = catch_unwind(AssertUnwindSafe(|| machine.finish(&mut guest)));
+    done.store(true, Ordering::SeqCst);
+    let kicks = kicker.join().expect("no panic");
+    let state = result.unwrap_or_else(|_| panic!("the program did not end under {kicks} kicks"));
     assert_eq!(state.gpr[gpr::RAX], u64::from(TURNS));
 }
 

@@ -75,6 +75,8 @@ pub(crate) struct Shared {
     pub(crate) extint: Option<Arc<dyn ExtIntSource>>,
     /// Told about the end of level-triggered interrupts.
     pub(crate) eoi: Option<Arc<dyn EoiSink>>,
+    /// GSI routes.
+    pub(crate) routing: Arc<Routing>,
     /// INTR pin of the boot processor.
     pub(crate) pin: Arc<Pin>,
     /// One entry per vCPU index.
@@ -92,7 +94,6 @@ impl Shared {
 pub struct KvmPartition {
     shared: Arc<Shared>,
     messages: Arc<Messages>,
-    routing: Arc<Routing>,
     events: Arc<Events>,
 }
 
@@ -123,11 +124,12 @@ impl KvmPartition {
             memory,
             extint: config.extint,
             eoi: config.eoi,
+            routing: routing.clone(),
             pin: Arc::new(Pin::new(boot)),
             kicks,
         });
-        let events = Events::new(vm.clone(), routing.clone());
-        Ok(Arc::new(Self { shared, messages: Arc::new(Messages(vm)), routing, events }))
+        let events = Events::new(vm.clone(), routing);
+        Ok(Arc::new(Self { shared, messages: Arc::new(Messages(vm)), events }))
     }
 
     fn kick_entry(&self, index: u32) -> Option<&Arc<Kick>> {
@@ -230,6 +232,6 @@ impl Partition for KvmPartition {
     }
 
     fn ioapic_routes(&self) -> Option<Arc<dyn IoApicRoutes>> {
-        Some(self.routing.clone())
+        Some(self.shared.routing.clone())
     }
 }

@@ -9,12 +9,16 @@
 //!         settle: finish the incomplete access, get an acknowledged vector into delivery ─► Stopped
 //! ```
 //!
-//! The kernel does most: HLT and the wait for SIPI end inside `KVM_RUN`, local APICs and their timers are the kernel's. What
-//! comes out is in [`crate::exits`].
+//! The kernel does most: HLT and the wait for SIPI end inside `KVM_RUN`, local APICs and their timers are the
+//! kernel's. What comes out is in [`crate::exits`].
 //!
 //! A stop leaves the loop only at a boundary. An access that was answered is completed by the next `KVM_RUN`, which
 //! with `immediate_exit` set does that and no more; it may need several rounds, since one instruction can make
 //! several accesses. The kernel leaves a repeated string instruction after 1024 elements at most.
+//!
+//! Nor must anything be left in KVM that no ioctl reads: a legacy vector on its way (see `interrupts/extint.rs`), or
+//! the end of a level-triggered interrupt, which KVM reports at the next entry. For those a stop enters KVM once more
+//! with a signal waiting, so that the guest does not run.
 
 // UNSAFETY: makes the accessor of the page that is shared with the kernel, whose lifetime this type guarantees.
 #![allow(unsafe_code)]
@@ -67,9 +71,12 @@ impl Drop for KvmVcpu {
 }
 
 /// What one entry into KVM came to.
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum Turn {
-    /// It returned for nothing that stays.
-    Next,
+    /// A signal or a kick, and no reason of the guest's.
+    Interrupted,
+    /// A reason of the guest's, which is dealt with.
+    Exited,
     Shutdown,
 }
 
@@ -129,9 +136,7 @@ impl KvmVcpu {
             if let Some(extint) = &mut self.extint {
                 extint.offer(&mut self.page, !self.incomplete);
             }
-            if let Turn::Shutdown = self.enter(io, false)? {
-                self.shutdown = true;
-            }
+            self.shutdown = self.enter(io, false)? == Turn::Shutdown;
         }
     }
 
@@ -162,11 +167,13 @@ impl KvmVcpu {
         if let Some(extint) = &mut self.extint {
             extint.ran(&self.page, &exit);
         }
+        let interrupted = exit == Exit::Interrupted;
         match exits::handle(exit, &mut self.page, &mut self.state, &self.shared, io) {
-            After::Continue => Ok(Turn::Next),
+            After::Continue if interrupted => Ok(Turn::Interrupted),
+            After::Continue => Ok(Turn::Exited),
             After::Complete => {
                 self.incomplete = true;
-                Ok(Turn::Next)
+                Ok(Turn::Exited)
             }
             After::Shutdown => Ok(Turn::Shutdown),
             After::Fatal(why) => Err(self.fatal(why)),
@@ -183,6 +190,16 @@ impl KvmVcpu {
         self.error(format!("{why}{at}"))
     }
 
+    /// Makes the page say of this state whether a legacy interrupt could be delivered: KVM does not do that when a
+    /// state is set, and opens no window for a vCPU that is halted already.
+    fn look_at_window<I: CpuIo>(&mut self, io: &I) -> Result<(), RunError> {
+        if self.extint.is_some() && !self.shutdown {
+            self.page.immediate_exit().set(true);
+            self.shutdown |= self.enter(io, false)? == Turn::Shutdown;
+        }
+        Ok(())
+    }
+
     /// Brings the vCPU to a boundary at which its state is all there is.
     fn settle<I: CpuIo>(&mut self, io: &I) -> Result<(), RunError> {
         let mut rounds = 0;
@@ -192,15 +209,16 @@ impl KvmVcpu {
                 return Err(self.error(format!("an instruction is not complete after {MAX_ROUNDS} accesses")));
             }
             self.page.immediate_exit().set(true);
-            self.shutdown |= matches!(self.enter(io, false)?, Turn::Shutdown);
+            self.shutdown |= self.enter(io, false)? == Turn::Shutdown;
         }
-        for _ in 0..SETTLE_TRIES {
-            if !self.extint.as_ref().is_some_and(ExtInt::in_transit) || self.delivering() {
+        let levels = self.shared.routing.has_level_routes();
+        for round in 0..SETTLE_TRIES {
+            if self.shutdown || !(round == 0 && levels || self.in_transit()) {
                 break;
             }
             self.page.immediate_exit().set(false);
             self.page.request_interrupt_window(false);
-            self.shutdown |= matches!(self.enter(io, true)?, Turn::Shutdown);
+            self.shutdown |= self.enter(io, true)? == Turn::Shutdown;
         }
         if let Some(extint) = &mut self.extint {
             extint.forget();
@@ -208,9 +226,10 @@ impl KvmVcpu {
         Ok(())
     }
 
-    /// Whether KVM has an external interrupt in delivery.
-    fn delivering(&self) -> bool {
-        self.fd.get_vcpu_events().is_ok_and(|events| events.interrupt.injected != 0)
+    /// Whether KVM has the vector of a legacy interrupt that is not in delivery yet.
+    fn in_transit(&self) -> bool {
+        self.extint.as_ref().is_some_and(ExtInt::in_transit)
+            && !self.fd.get_vcpu_events().is_ok_and(|events| events.interrupt.injected != 0)
     }
 
     /// What other threads asked for does not concern a state that replaces this one.
@@ -231,6 +250,7 @@ impl Vcpu for KvmVcpu {
         self.thread = kick::prepare_thread().map_err(|e| self.error(format!("preparing its thread: {e}")))?;
         let failed = |index, e: std::io::Error| RunError::Internal { vcpu: index, why: format!("KVM: {e}") };
         self.state.before_run(&self.fd, &self.shared).map_err(|e| failed(self.index, e))?;
+        self.look_at_window(io)?;
         let reason = self.turns(stop, io)?;
         self.settle(io)?;
         self.state.after_run(&self.fd, &self.shared).map_err(|e| failed(self.index, e))?;

@@ -76,6 +76,11 @@ impl Routing {
         Arc::new(Self { vm, table: Mutex::default() })
     }
 
+    /// Whether the IOAPIC has level-triggered entries.
+    pub(crate) fn has_level_routes(&self) -> bool {
+        !self.table.lock().unwrap_or_else(|e| e.into_inner()).pins.is_empty()
+    }
+
     /// Changes the table and tells KVM. Undoes the change if KVM refuses it.
     fn change<T>(&self, change: impl FnOnce(&mut Table) -> T) -> io::Result<T> {
         let mut table = self.table.lock().unwrap_or_else(|e| e.into_inner());
