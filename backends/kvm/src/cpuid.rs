@@ -156,8 +156,10 @@ mod tests {
         let list = entries(&model, &topology, 0);
         fd.set_cpuid2(&kvm_bindings::CpuId::from_entries(&list).unwrap()).unwrap();
         let back = fd.get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES).unwrap();
-        assert_eq!(back.as_slice().len(), list.len());
-        for (mine, kernels) in list.iter().zip(back.as_slice()) {
+        // Some kernels do not say how many they gave.
+        let used: Vec<_> = back.as_slice().iter().filter(|e| **e != kvm_cpuid_entry2::default()).collect();
+        assert_eq!(used.len(), list.len());
+        for (mine, kernels) in list.iter().zip(used) {
             let mut mine = *mine;
             match (mine.function, mine.index) {
                 // A VM without a local APIC has no APIC bit.

@@ -137,9 +137,10 @@ impl TimeBase {
         let mut base = self.lock();
         if base.offset.is_none() {
             self.synchronise(&mut base, vm, fd)?;
+            let (before, wanted) = (ioctls::tsc_offset(fd)?, base.offset.unwrap_or(0));
             apply(&base, fd, vcpu)?;
-            let wanted = base.offset.unwrap_or(0).wrapping_add(vcpu.adjust);
-            base.fixed = ioctls::tsc_offset(fd)? != wanted;
+            // A host whose own TSC is unstable makes something near `wanted` of it.
+            base.fixed = before != wanted && ioctls::tsc_offset(fd)? == before;
             if base.fixed {
                 self.synchronise(&mut base, vm, fd)?;
             }
@@ -231,14 +232,18 @@ impl TimeBase {
 
     /// The host's TSC as the guest has it (scaled, without offset) and the clock's TSC, both of one moment.
     fn host_and_clock(&self, fd: &VcpuFd) -> io::Result<(u64, u64)> {
-        let offset = ioctls::tsc_offset(fd)?;
+        // What the kernel adds, to be taken from what it reads. Its ratio is finer than kHz, so only it can scale.
+        let added = if self.scale_to.is_some() { Some(ioctls::tsc_offset(fd)?) } else { None };
         let mut best: Option<(u64, u64, u64)> = None;
         for _ in 0..READINGS {
             let before = self.clock.tsc();
-            let [tsc] = read(fd, [msr::TSC])?;
+            let host = match added {
+                Some(offset) => read(fd, [msr::TSC])?[0].wrapping_sub(offset),
+                None => ioctls::host_tsc(),
+            };
             let took = self.clock.tsc().wrapping_sub(before);
             if best.is_none_or(|(shortest, ..)| took < shortest) {
-                best = Some((took, tsc.wrapping_sub(offset), before.wrapping_add(took / 2)));
+                best = Some((took, host, before.wrapping_add(took / 2)));
             }
         }
         Ok(best.map_or((0, 0), |(_, host, clock)| (host, clock)))

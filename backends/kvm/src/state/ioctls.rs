@@ -51,6 +51,12 @@ pub(crate) fn set_tsc_offset(fd: &VcpuFd, mut offset: u64) -> io::Result<()> {
     done(unsafe { ioctl_with_ref(fd, KVM_SET_DEVICE_ATTR(), &attribute) })
 }
 
+/// The processor's own counter, as KVM reads it.
+pub(crate) fn host_tsc() -> u64 {
+    // SAFETY: RDTSC has no effect but its result; Linux lets every program execute it.
+    unsafe { std::arch::x86_64::_rdtsc() }
+}
+
 /// An area of words, so that it is aligned as the kernel's structure is.
 fn area(size: usize) -> Vec<u64> {
     vec![0; size.max(XSAVE_SIZE).div_ceil(8)]
