@@ -6,7 +6,7 @@
 //!   [`signals`] (signals as a readable descriptor);
 //! * **memory and files**: [`memfd`], [`mapping`], [`file_lock`], [`volatile_io`] (positional vectored file
 //!   transfers from and to memory that other threads may be changing at the same time);
-//! * **the process and its surroundings**: [`terminal`], [`threads`], [`host`];
+//! * **the process and its surroundings**: [`terminal`], [`threads`], [`host`], [`allocator`];
 //! * **logging**: [`ratelimit`] and the macro [`log_limited!`].
 //!
 //! # Lock order
@@ -18,8 +18,9 @@
 //! # Unsafe code
 //!
 //! Denied except in the modules that call the kernel without a safe wrapper: `mapping`, `terminal`, `signals`,
-//! `file_lock`, `volatile_io`, `host::kvm` and `host::rights`. Each says why at its top.
+//! `file_lock`, `volatile_io`, `allocator`, `host::kvm` and `host::rights`. Each says why at its top.
 
+pub mod allocator;
 pub mod event_loop;
 pub mod eventfd;
 pub mod file_lock;

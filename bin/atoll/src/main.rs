@@ -38,6 +38,7 @@ enum Verb {
 }
 
 fn main() -> std::process::ExitCode {
+    atoll_foundation::allocator::return_freed_memory();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return usage(&error),
