@@ -2,7 +2,7 @@
 
 use crate::case::{Suite, Width};
 use crate::layout::*;
-use crate::{monitor32, monitor64};
+use crate::{monitor_real, monitor32, monitor64};
 
 /// Guest memory while it is being filled.
 struct Image(Vec<u8>);
@@ -42,17 +42,29 @@ pub(crate) const fn gate(selector: u16, offset: u64, kind: u64, count: u64) -> u
     offset & 0xffff | (selector as u64) << 16 | count << 32 | kind << 40 | (offset >> 16 & 0xffff) << 48
 }
 
-/// Builds the kernel of `suite`.
-pub(crate) fn build(suite: &Suite) -> anyhow::Result<Vec<u8>> {
+/// Builds the kernel that runs the cases of `suite` from number `first` on.
+pub(crate) fn build(suite: &Suite, first: usize) -> anyhow::Result<Vec<u8>> {
     let end = CASES + CASE_LEN * suite.cases.len() as u64;
     let mut image = Image(vec![0; (end - IMAGE) as usize]);
     header(&mut image, end);
     let pieces = match suite.width {
-        Width::Protected => monitor32::pieces(suite.cases.len())?,
+        Width::Real | Width::Protected => monitor32::pieces(suite.width, suite.cases.len())?,
         Width::Long => monitor64::pieces(suite.cases.len())?,
     };
     for (at, code) in pieces {
         image.put(at, &code);
+    }
+    image.put(INDEX, &(first as u32).to_le_bytes());
+    for (i, number) in usual(suite.width).into_iter().enumerate() {
+        image.put(USUAL + i as u64 * 4, &number.to_le_bytes());
+    }
+    let msrs = match suite.width {
+        Width::Real | Width::Protected => monitor32::MSRS,
+        Width::Long => monitor64::MSRS,
+    };
+    for (i, (number, value)) in msrs.iter().enumerate() {
+        image.put(MSRS + i as u64 * 12, &number.to_le_bytes());
+        image.put(MSRS + i as u64 * 12 + 4, &value.to_le_bytes());
     }
     image.put(GDTR, &GDT_LIMIT.to_le_bytes());
     image.put(GDTR + 2, &GDT.to_le_bytes());
@@ -73,6 +85,15 @@ pub(crate) fn build(suite: &Suite) -> anyhow::Result<Vec<u8>> {
         image.put(at + INNER_LEN, &case.inner);
     }
     Ok(image.0)
+}
+
+/// The record of a case that changes nothing, as 32-bit numbers.
+pub(crate) fn usual(width: Width) -> Vec<u32> {
+    match width {
+        Width::Real => monitor_real::usual(),
+        Width::Protected => monitor32::usual(),
+        Width::Long => monitor64::usual(),
+    }
 }
 
 /// Multiboot 0.6.96, section 3.1: flag 16 gives the addresses, so that no ELF file is needed.
@@ -124,6 +145,10 @@ fn descriptors(image: &mut Image, width: Width) {
     for (selector, entry) in entries {
         image.work64(GDT + u64::from(selector & !7), entry);
     }
+    if width == Width::Real {
+        image.work64(GDT + u64::from(sel::REAL_CODE), segment(REAL, 0xffff, 0x09b));
+        image.work64(GDT + u64::from(sel::REAL_DATA), segment(0, 0xffff, 0x093));
+    }
     let target = INNER + 0x100;
     if width == Width::Long {
         image.work64(GDT + u64::from(sel::GATE), gate(sel::CODE64, target, 0xec, 0));
@@ -160,7 +185,7 @@ fn interrupts(image: &mut Image, width: Width) {
         let offset = STUBS + vector * 16;
         match width {
             Width::Long => image.work64(IDT + vector * 16, gate(selector, offset, kind, 1)),
-            Width::Protected => {
+            Width::Real | Width::Protected => {
                 let entry = match vector {
                     8 => gate(sel::TSS_DF, 0, 0x85, 0),
                     0x4c => gate(sel::TSS2, 0, 0xe5, 0),

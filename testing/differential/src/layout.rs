@@ -1,6 +1,8 @@
 //! Where everything is in guest memory, and the selectors of the GDT.
 //!
 //! ```text
+//! 0x000000  real mode's interrupt table      ┐ restored too, when the cases
+//! 0x008000  the monitor's part in real mode   ┘ run in real mode
 //! 0x010000  working area: restored from its pristine copy before every case
 //! 0x100000  Multiboot header, monitor, exception stubs, variables, pristine copy
 //! 0x200000  cases, 1 KiB each: entry code, and at +0x200 the inner code copied to INNER
@@ -48,6 +50,9 @@ pub(crate) const COMMON: u64 = 0x10_0600;
 pub(crate) const PRINT: u64 = 0x10_0c00;
 pub(crate) const DOUBLE_FAULT: u64 = 0x10_0e00;
 pub(crate) const STUBS: u64 = 0x10_1000;
+/// The end of a case, common to protected and real mode; the way from real mode to it.
+pub(crate) const FINISH: u64 = 0x10_1600;
+pub(crate) const FROM_REAL: u64 = 0x10_1f00;
 /// Vectors with a stub; one more ends a kernel in a triple fault.
 pub(crate) const VECTORS: u64 = 0x50;
 pub(crate) const GDTR: u64 = 0x10_2000;
@@ -55,15 +60,26 @@ pub(crate) const IDTR: u64 = 0x10_2010;
 pub(crate) const INDEX: u64 = 0x10_2020;
 pub(crate) const TARGET: u64 = 0x10_2028;
 pub(crate) const RECORD: u64 = 0x10_2100;
+/// What a record usually holds: only other numbers are written.
+pub(crate) const USUAL: u64 = 0x10_2500;
+/// The model-specific registers that are recorded and then set back: number, value.
+pub(crate) const MSRS: u64 = 0x10_2900;
 /// Top of the monitor's stack, and of the one that 64-bit gates use.
 pub(crate) const MONITOR_STACK: u64 = 0x10_4000;
 pub(crate) const IST_STACK: u64 = 0x10_6000;
 pub(crate) const PRISTINE: u64 = 0x11_0000;
+/// Copies of the real-mode interrupt table and of the monitor's part in real mode.
+pub(crate) const PRISTINE_VECTORS: u64 = 0x12_0000;
+pub(crate) const PRISTINE_REAL: u64 = 0x12_0400;
 pub(crate) const CASES: u64 = 0x20_0000;
 pub(crate) const CASE_LEN: u64 = 0x400;
 
 /// The interrupt that ends a case without an exception; gates of 0x40..=0x4f are open to user code.
 pub(crate) const DONE: u8 = 0x41;
+
+/// The monitor's part in real mode, and how much of it there is.
+pub(crate) const REAL: u64 = 0x8000;
+pub(crate) const REAL_LEN: u64 = 0xe00;
 
 pub(crate) mod sel {
     pub(crate) const CODE32: u16 = 0x08;
@@ -95,6 +111,9 @@ pub(crate) mod sel {
     pub(crate) const GATE_INWARD: u16 = 0xf0;
     /// From here on free for seeded descriptors.
     pub(crate) const FREE: u16 = 0x100;
+    /// Segments of real mode's shape, in kernels whose cases run in real mode.
+    pub(crate) const REAL_CODE: u16 = 0x130;
+    pub(crate) const REAL_DATA: u16 = 0x138;
     /// One past the GDT's end.
     pub(crate) const BEYOND: u16 = 0x140;
 }

@@ -5,6 +5,7 @@ use iced_x86::code_asm::*;
 
 use crate::case::{Suite, Width};
 use crate::layout::*;
+use crate::left_out;
 use crate::protected::{SELECTORS, done};
 
 type Emitted = Result<(), IcedError>;
@@ -35,6 +36,7 @@ pub(crate) fn suite() -> anyhow::Result<Suite> {
     registers(&mut s)?;
     canonical(&mut s)?;
     pages(&mut s)?;
+    left_out::long(&mut s)?;
     Ok(s)
 }
 
@@ -82,6 +84,23 @@ fn segments(s: &mut Suite) -> anyhow::Result<()> {
             a.verw(ax)?;
             a.sete(dh)
         })?;
+    }
+    // The upper half's type field, of each type that LAR or LSL knows.
+    for kind in [0x82, 0x89, 0x8b, 0x8c] {
+        for upper in [0, 1, 0x10] {
+            s.add(format!("lar lsl {kind:x} with upper type {upper:x}"), &|a| {
+                let descriptor = GDT + u64::from(sel::FREE);
+                a.mov(dword_ptr(descriptor), 0x67)?;
+                a.mov(dword_ptr(descriptor + 4), kind << 8)?;
+                a.mov(dword_ptr(descriptor + 12), upper << 8)?;
+                a.mov(eax, i32::from(sel::FREE))?;
+                a.lar(ebx, eax)?;
+                a.sete(cl)?;
+                a.lsl(ebp, eax)?;
+                a.sete(ch)?;
+                done(a)
+            })?;
+        }
     }
     // Presence comes before the base, here a non-canonical one. The reference loads such a base into TR and
     // is lost.

@@ -3,8 +3,11 @@
 use std::path::PathBuf;
 
 use anyhow::Context;
-use atoll_differential::{Suite, Width, deviations, kernel, on_atoll, on_qemu, record, seeded, written};
+use atoll_differential::{Family, Suite, Width, kernel, on_atoll, run, written};
 use clap::Parser;
+
+/// Seeded cases of one kernel.
+const BATCH: usize = 2000;
 
 /// Compare the software CPU with QEMU's TCG outside user mode
 #[derive(Parser)]
@@ -12,12 +15,18 @@ struct Options {
     /// Write the expectations of the written cases into this folder instead of comparing
     #[arg(long, value_name = "DIR")]
     bless: Option<PathBuf>,
-    /// Seeded cases per width
+    /// Seeded cases per family
     #[arg(long, default_value_t = 2000)]
     random: usize,
     /// Their seed
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// Number of the first one
+    #[arg(long, default_value_t = 0)]
+    first: usize,
+    /// Only this family of seeded cases, and no written ones; may be repeated
+    #[arg(long, value_parser = Family::parse)]
+    family: Vec<Family>,
     /// Show known deviations too
     #[arg(long)]
     all: bool,
@@ -26,50 +35,91 @@ struct Options {
     keep: Option<PathBuf>,
 }
 
+/// Cases compared, of which differ, of which without explanation.
+#[derive(Clone, Copy, Default)]
+struct Tally {
+    cases: usize,
+    known: usize,
+    different: usize,
+}
+
+impl Tally {
+    fn add(&mut self, other: Self) {
+        self.cases += other.cases;
+        self.known += other.known;
+        self.different += other.different;
+    }
+
+    fn print(&self, title: &str) {
+        let Self { cases, known, different } = self;
+        println!("{title}: {cases} cases, {different} differ, {known} known deviations");
+    }
+}
+
 fn main() -> anyhow::Result<()> {
     let options = Options::parse();
-    let mut different = 0;
-    for width in [Width::Protected, Width::Long] {
-        let suite = written(width)?;
-        if let Some(folder) = &options.bless {
-            let lines = record::lines(&suite, &on_atoll::run(&kernel(&suite)?)?);
-            let path = folder.join(format!("{}.txt", width.name()));
-            std::fs::write(&path, lines.join("\n") + "\n").with_context(|| path.display().to_string())?;
-            continue;
-        }
-        different += compare(&options, &suite, "written")?;
-        if options.random > 0 {
-            different += compare(&options, &seeded(width, options.seed, options.random)?, "seeded")?;
+    let mut total = Tally::default();
+    if options.family.is_empty() {
+        for width in Width::ALL {
+            let suite = written(width)?;
+            if let Some(folder) = &options.bless {
+                bless(folder, &suite)?;
+                continue;
+            }
+            let title = format!("written-{}", width.name());
+            let tally = compare(&options, &suite, &title)?;
+            tally.print(&title);
+            total.add(tally);
         }
     }
-    anyhow::ensure!(different == 0, "{different} cases differ");
+    if options.bless.is_none() {
+        let families = if options.family.is_empty() { &Family::ALL[..] } else { &options.family };
+        for family in families {
+            total.add(seeded(&options, *family)?);
+        }
+        total.print(&format!("all, seed {}", options.seed));
+    }
+    anyhow::ensure!(total.different == 0, "{} cases differ", total.different);
     Ok(())
 }
 
-fn compare(options: &Options, suite: &Suite, kind: &str) -> anyhow::Result<usize> {
-    let image = kernel(suite)?;
-    let title = format!("{kind}-{}", suite.width.name());
+fn seeded(options: &Options, family: Family) -> anyhow::Result<Tally> {
+    let mut tally = Tally::default();
+    let end = options.first + options.random;
+    for first in (options.first..end).step_by(BATCH) {
+        let suite = family.suite(options.seed, first..end.min(first + BATCH))?;
+        tally.add(compare(options, &suite, &format!("seeded-{}-{first}", family.name()))?);
+    }
+    tally.print(&format!("seeded-{}, seed {}", family.name(), options.seed));
+    Ok(tally)
+}
+
+fn bless(folder: &std::path::Path, suite: &Suite) -> anyhow::Result<()> {
+    let lines: Option<Vec<String>> = run::lines(suite, on_atoll::run)?.into_iter().collect();
+    let lines = lines.context("a written case crashed or hung")?;
+    let path = folder.join(format!("{}.txt", suite.width.name()));
+    std::fs::write(&path, lines.join("\n") + "\n").with_context(|| path.display().to_string())
+}
+
+fn compare(options: &Options, suite: &Suite, title: &str) -> anyhow::Result<Tally> {
     if let Some(folder) = &options.keep {
-        std::fs::write(folder.join(format!("{title}.elf")), &image)?;
+        std::fs::write(folder.join(format!("{title}.elf")), kernel(suite, 0)?)?;
     }
-    let ours = record::lines(suite, &on_atoll::run(&image)?);
-    let theirs = record::lines(suite, &on_qemu::run(&image)?);
-    let mut different = 0;
-    for (i, name) in suite.names().enumerate() {
-        let (our, their) = (ours.get(i), theirs.get(i));
-        if our.map(|l| record::without_rf(l)) == their.map(|l| record::without_rf(l)) {
-            continue;
+    let mut tally = Tally { cases: suite.names().count(), ..Tally::default() };
+    for difference in run::compare(suite)? {
+        if difference.known {
+            tally.known += 1;
+        } else {
+            tally.different += 1;
         }
-        if deviations::of(name).is_some() && !options.all {
-            continue;
-        }
-        different += 1;
-        println!("atoll {}", our.map_or("stopped before", |l| l));
-        println!(" qemu {}", their.map_or("stopped before", |l| l));
-        if our.is_none() || their.is_none() {
-            break;
+        if !difference.known || options.all {
+            let show = |line: &Option<String>| line.clone().unwrap_or_else(|| "crashed or hung".into());
+            println!("atoll {}", show(&difference.ours));
+            println!(" qemu {}", show(&difference.theirs));
+            for line in suite.listing(difference.index) {
+                println!("      {line}");
+            }
         }
     }
-    println!("{title}: {} cases, {different} differ", suite.names().count());
-    Ok(different)
+    Ok(tally)
 }

@@ -5,6 +5,7 @@ use iced_x86::code_asm::*;
 
 use crate::case::{Suite, Width};
 use crate::layout::*;
+use crate::left_out;
 
 type Emitted = Result<(), IcedError>;
 /// A named piece of code.
@@ -79,7 +80,7 @@ pub(crate) fn to_user(a: &mut CodeAssembler, code: u16, eip: u64, flags: i32) ->
 }
 
 /// IRETD to virtual-8086 mode at the inner code, its stack in the working area's first page.
-fn to_v86(a: &mut CodeAssembler, flags: i32) -> Emitted {
+pub(crate) fn to_v86(a: &mut CodeAssembler, flags: i32) -> Emitted {
     for word in [0x1444, 0x1333, 0x1e00, 0x1222, 0x1000, 0x400, flags | VM | 2, 0x1f00, 0] {
         a.push(word)?;
     }
@@ -103,6 +104,7 @@ pub(crate) fn suite() -> anyhow::Result<Suite> {
     fast_calls(&mut s)?;
     control_registers(&mut s)?;
     paging(&mut s)?;
+    left_out::protected(&mut s)?;
     Ok(s)
 }
 

@@ -1,31 +1,16 @@
 //! Seeded cases: random descriptors and selectors under the operations that look at them.
 
+use std::ops::Range;
+
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
 use crate::case::{Suite, Width};
 use crate::layout::*;
 use crate::protected::{self, SELECTORS, done};
+use crate::rng::Rng;
 
 type Emitted = Result<(), IcedError>;
-
-/// splitmix64.
-struct Rng(u64);
-
-impl Rng {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ z >> 31
-    }
-    fn below(&mut self, bound: u64) -> u64 {
-        self.next() % bound
-    }
-    fn pick<T: Copy>(&mut self, from: &[T]) -> T {
-        from[self.below(from.len() as u64) as usize]
-    }
-}
 
 /// What a case does with its selector.
 #[derive(Clone, Copy, Debug)]
@@ -56,12 +41,12 @@ const ACTIONS: [Action; 10] = [
 ];
 
 /// `selector`, unless the case would depend on a segment's limit, which the reference does not check.
-fn usable(selector: u16) -> u16 {
+pub(crate) fn usable(selector: u16) -> u16 {
     if matches!(selector | 3, 0x2b | 0x3b | 0xeb | 3) { sel::CODE32 } else { selector }
 }
 
 /// A descriptor with a present bias, code and data flat so that what is loaded can be used, systems' random.
-fn descriptor(rng: &mut Rng, width: Width) -> u64 {
+pub(crate) fn descriptor(rng: &mut Rng, width: Width) -> u64 {
     let mut kind = rng.below(256);
     if rng.below(4) != 0 {
         kind |= 0x80;
@@ -75,7 +60,7 @@ fn descriptor(rng: &mut Rng, width: Width) -> u64 {
         kind &= 0x7f;
     }
     if kind & 0x10 == 0 {
-        let selector = rng.pick(&SELECTORS);
+        let selector = usable(rng.pick(&SELECTORS));
         let (low, high) = (INNER + 0x100, rng.below(4));
         return low & 0xffff | u64::from(selector) << 16 | high << 32 | kind << 40 | (low >> 16) << 48;
     }
@@ -132,28 +117,30 @@ fn act(a: &mut CodeAssembler, width: Width, action: Action, selector: u16, flags
             a.push(target)?;
             match (action, width) {
                 (Action::Retf, Width::Long) => a.db(&[0x48, 0xcb])?,
-                (Action::Retf, Width::Protected) => a.retf()?,
+                (Action::Retf, _) => a.retf()?,
                 (_, Width::Long) => a.iretq()?,
-                (_, Width::Protected) => a.iretd()?,
+                (_, _) => a.iretd()?,
             }
         }
     }
     done(a)
 }
 
-/// `count` cases.
-pub(crate) fn suite(width: Width, seed: u64, count: usize) -> anyhow::Result<Suite> {
+/// The cases with these numbers.
+pub(crate) fn suite(width: Width, seed: u64, cases: Range<usize>) -> anyhow::Result<Suite> {
     let mut s = Suite::new(width);
-    for index in 0..count {
-        let mut rng = Rng(seed ^ (index as u64).wrapping_mul(0xd134_2543_de82_ef95));
+    for index in cases {
+        let mut rng = Rng::of_case(seed, index);
         let (first, mut second) = (descriptor(&mut rng, width), descriptor(&mut rng, width));
-        if width == Width::Long && matches!(first >> 40 & 0x1f, 2 | 9 | 0xb) {
-            // The upper half of a 16-byte descriptor, whose type field LSL looks at: see the deviations.
-            second &= !(0x1f << 40);
-        }
         let free = [sel::FREE, sel::FREE + 8, sel::FREE | 3, (sel::FREE + 8) | 3];
         let selector = if rng.below(5) == 0 { usable(rng.pick(&SELECTORS)) } else { rng.pick(&free) };
         let action = rng.pick(&ACTIONS);
+        let (kind, present) = (first >> 40 & 0x1f, first >> 47 & 1 != 0);
+        let inspected = matches!(action, Action::Inspect) || !present;
+        if width == Width::Long && (matches!(kind, 2 | 9 | 0xb) || kind == 0xc && inspected) {
+            // The upper half of a 16-byte descriptor has type 0: see the deviations.
+            second &= !(0x1f << 40);
+        }
         let flags = rng.next() as i32 & 0x3cd5 | 2;
         let user = rng.below(2) == 1;
         let name = format!(
@@ -177,7 +164,7 @@ pub(crate) fn suite(width: Width, seed: u64, count: usize) -> anyhow::Result<Sui
             &|a| {
                 prepare(a)?;
                 match width {
-                    Width::Protected => protected::to_user(a, sel::USER_CODE32, inner, 0),
+                    Width::Real | Width::Protected => protected::to_user(a, sel::USER_CODE32, inner, 0),
                     Width::Long => crate::long::to_user(a, sel::USER_CODE64, inner, 0),
                 }
             },
