@@ -28,7 +28,8 @@ pub struct Assurances {
     /// protects from same mode 19, SSBD 24, no speculative store bypass 26, no branch type confusion 29.
     pub extended_8_ebx: u32,
     /// CPUID leaf 0x8000_0021 EAX (AMD): no nested data breakpoints 0, LFENCE serialises 2, a null selector clears
-    /// the base 6, automatic IBRS 8, no SMM control register 9, no speculative return overflow 29; VERW clears 5.
+    /// the base 6, automatic IBRS 8, no SMM control register 9, no speculative return overflow 29; VERW clears 5, SBPB
+    /// 27, IBPB clears branch types 28, no return overflow between user and kernel 30.
     pub extended_21_eax: u32,
     /// CPUID leaf 0x8000_0021 ECX (AMD): no transient scheduler attack 1 and 2.
     pub extended_21_ecx: u32,
@@ -81,7 +82,7 @@ impl Assurances {
         arch_capabilities: 1 << 17 | 1 << 28,
         leaf_7_edx: 1 << 10,
         extended_8_ebx: 0,
-        extended_21_eax: 1 << 5,
+        extended_21_eax: 1 << 5 | 1 << 27 | 1 << 28 | 1 << 30,
         extended_21_ecx: 0,
     };
 
@@ -162,11 +163,11 @@ impl Assurances {
         bits
     }
 
-    /// Bits that may be written to IA32_PRED_CMD: IBPB or none.
+    /// Bits that may be written to IA32_PRED_CMD: IBPB 0, on AMD also SBPB 7.
     pub const fn pred_cmd_bits(self, vendor: Vendor) -> u64 {
         match vendor {
             Vendor::Intel => (self.leaf_7_edx >> 26 & 1) as u64,
-            Vendor::Amd => (self.extended_8_ebx >> 12 & 1) as u64,
+            Vendor::Amd => (self.extended_8_ebx >> 12 & 1 | (self.extended_21_eax >> 27 & 1) << 7) as u64,
         }
     }
 
@@ -185,7 +186,7 @@ impl Assurances {
 mod tests {
     use super::*;
 
-    /// An Intel processor with the Meltdown bug, MD_CLEAR, FB_CLEAR, and one with everything AMD promises.
+    /// An Intel processor with the Meltdown bug, MD_CLEAR and FB_CLEAR.
     fn leaky() -> Assurances {
         Assurances::from_cpuid(
             |leaf, _| match leaf {
@@ -224,6 +225,8 @@ mod tests {
         assert_eq!(Assurances::ALL.spec_ctrl_bits(Vendor::Amd), 7);
         assert_eq!(leaky().spec_ctrl_bits(Vendor::Intel), 1);
         assert_eq!((leaky().pred_cmd_bits(Vendor::Intel), leaky().pred_cmd_bits(Vendor::Amd)), (1, 0));
+        let zen = Assurances { extended_8_ebx: 1 << 12, extended_21_eax: 1 << 27, ..Assurances::NONE };
+        assert_eq!(zen.pred_cmd_bits(Vendor::Amd), 0x81);
         assert!(Assurances::ALL.lfence_serialises() && Assurances::ALL.automatic_ibrs());
         assert!(!Assurances::NONE.lfence_serialises() && !Assurances::NONE.automatic_ibrs());
     }
