@@ -73,10 +73,10 @@ fn backend(stock: &Stock) -> Result<Boot> {
     files.push(stock.hammer()?);
     let mut lines: Vec<String> = tests
         .iter()
-        .map(|t| within(300, &format!("{} --test-threads=1 --show-output", t.inside())))
+        .map(|t| within(900, &format!("{} --test-threads=1 --show-output", t.inside())))
         .collect();
     lines.push(hammer_for(stock, 60));
-    Ok(Boot { at_least: 2, ..boot(stock, 900, files, &lines) })
+    Ok(Boot { at_least: 2, ..boot(stock, 1500, files, &lines) })
 }
 
 /// Runs scenarios of `xtask boot` inside.
@@ -91,23 +91,23 @@ fn scenarios(stock: &Stock, seconds: u64, names: &[&str]) -> String {
 /// and power-off, a panic; and the size of a machine's process.
 fn guests(stock: &Stock) -> Result<Boot> {
     let names = ["shell", "terminal", "panic", "memory", "kernel 6.1-cloud", "kernel 6.12-cloud"];
-    let lines = [scenarios(stock, 600, &names)];
-    Ok(Boot { at_least: 8, ..boot(stock, 700, stock.guests(&[Cloud61, Cloud612])?, &lines) })
+    let lines = [scenarios(stock, 1500, &names)];
+    Ok(Boot { at_least: 8, ..boot(stock, 1600, stock.guests(&[Cloud61, Cloud612])?, &lines) })
 }
 
 /// The kernels for physical machines and those with real-time preemption.
 fn kernels(stock: &Stock) -> Result<Boot> {
-    let lines = [scenarios(stock, 1500, &["generic", "-rt"])];
+    let lines = [scenarios(stock, 3000, &["generic", "-rt"])];
     Ok(Boot {
         at_least: 8,
-        ..boot(stock, 1600, stock.guests(&[Generic61, Rt61, Generic612, Rt612])?, &lines)
+        ..boot(stock, 3100, stock.guests(&[Generic61, Rt61, Generic612, Rt612])?, &lines)
     })
 }
 
 /// A whole Debian on a disk.
 fn debian(stock: &Stock) -> Result<Boot> {
-    let lines = [scenarios(stock, 1700, &["Debian"])];
-    Ok(Boot { disk: Some(stock.debian()?), ..boot(stock, 1800, stock.guests(&[Cloud61])?, &lines) })
+    let lines = [scenarios(stock, 3000, &["Debian"])];
+    Ok(Boot { disk: Some(stock.debian()?), ..boot(stock, 3100, stock.guests(&[Cloud61])?, &lines) })
 }
 
 /// Ten minutes of random exits.
@@ -129,10 +129,10 @@ fn moves(stock: &Stock) -> Result<Boot> {
     let mut files = files_of(&tests);
     files.push(stock.cache(&[])?);
     let line = |t: &TestProgram| {
-        within(900, &format!("{} --include-ignored --show-output --test-threads=1", t.inside()))
+        within(1800, &format!("{} --include-ignored --show-output --test-threads=1", t.inside()))
     };
     let lines: Vec<String> = tests.iter().map(line).collect();
-    Ok(Boot { at_least: 3, ..boot(stock, 1900, files, &lines) })
+    Ok(Boot { at_least: 3, ..boot(stock, 3900, files, &lines) })
 }
 
 #[cfg(test)]
