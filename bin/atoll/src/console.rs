@@ -1,8 +1,7 @@
 //! The terminal as the machine's console.
 //!
 //! Two guest consoles share one terminal: the serial port (`ttyS0`, where kernels print) and the virtio console
-//! (`hvc0`). Both print here. What is typed goes to the serial port until the virtio console prints its first
-//! byte, then to that one; Ctrl-A c switches by hand.
+//! (`hvc0`). Both print here; `focus.rs` says which of them gets what is typed.
 //!
 //! ```text
 //! vCPU threads ──► Output (bounded) ──► writer thread ──► standard output
@@ -12,17 +11,19 @@
 //! End of standard input ends input, not the machine.
 
 mod escape;
+mod focus;
 mod output;
 
 use std::io::{Read, Write};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use atoll_foundation::terminal::{self, RawMode};
 use atoll_vmm::{ConsoleId, VmHandle};
 
 use escape::{EscapeFilter, Key};
+use focus::Focus;
 pub(crate) use output::Output;
 
 /// How often a guest that takes no input is asked again.
@@ -44,52 +45,6 @@ const HELP: &str = "\r\n\
     Ctrl-A a   send Ctrl-A to the guest\r\n\
     Ctrl-A h   this help\r\n";
 
-/// Which console the keys go to.
-#[derive(Debug)]
-struct Focus(AtomicU8);
-
-const FOCUS_AUTO_SERIAL: u8 = 0;
-const FOCUS_AUTO_VIRTIO: u8 = 1;
-const FOCUS_SERIAL: u8 = 2;
-const FOCUS_VIRTIO: u8 = 3;
-
-impl Focus {
-    fn console(&self) -> ConsoleId {
-        match self.0.load(Ordering::Relaxed) {
-            FOCUS_AUTO_SERIAL | FOCUS_SERIAL => ConsoleId::Serial,
-            _ => ConsoleId::Virtio,
-        }
-    }
-    fn saw_virtio_output(&self) {
-        let _ = self.0.compare_exchange(
-            FOCUS_AUTO_SERIAL,
-            FOCUS_AUTO_VIRTIO,
-            Ordering::Relaxed,
-            Ordering::Relaxed,
-        );
-    }
-    fn switch(&self) -> &'static str {
-        match self.console() {
-            ConsoleId::Serial => {
-                self.0.store(FOCUS_VIRTIO, Ordering::Relaxed);
-                "virtio console (hvc0)"
-            }
-            ConsoleId::Virtio => {
-                self.0.store(FOCUS_SERIAL, Ordering::Relaxed);
-                "serial console (ttyS0)"
-            }
-        }
-    }
-    fn reset(&self) {
-        let _ = self.0.compare_exchange(
-            FOCUS_AUTO_VIRTIO,
-            FOCUS_AUTO_SERIAL,
-            Ordering::Relaxed,
-            Ordering::Relaxed,
-        );
-    }
-}
-
 /// The terminal side of a machine's consoles.
 pub(crate) struct Console {
     output: Arc<Output>,
@@ -100,16 +55,14 @@ impl Console {
     /// Starts the writer.
     pub(crate) fn new() -> std::io::Result<Self> {
         let output = Output::start(std::io::stdout())?;
-        Ok(Self { output, focus: Arc::new(Focus(AtomicU8::new(FOCUS_AUTO_SERIAL))) })
+        Ok(Self { output, focus: Arc::new(Focus::new()) })
     }
 
     /// Where the machine's console `id` prints.
     pub(crate) fn sink(&self, id: ConsoleId) -> impl Fn(&[u8]) + Send + Sync + 'static {
         let (output, focus) = (self.output.clone(), self.focus.clone());
         move |data: &[u8]| {
-            if id == ConsoleId::Virtio && !data.is_empty() {
-                focus.saw_virtio_output();
-            }
+            focus.printed(id, data);
             output.write(data);
         }
     }
@@ -117,7 +70,7 @@ impl Console {
     /// The guest starts over: its kernel prints on the serial port again.
     pub(crate) fn rebooted(&self) -> impl Fn() + Send + 'static {
         let focus = self.focus.clone();
-        move || focus.reset()
+        move || focus.rebooted()
     }
 
     /// Puts the terminal into raw mode, if standard input and output are one. `None` if they are not.
@@ -177,7 +130,7 @@ impl Console {
 fn feed(vm: &VmHandle, focus: &Focus, data: &[u8]) {
     let mut rest = data;
     while !rest.is_empty() {
-        let taken = vm.console_input(focus.console(), rest);
+        let taken = vm.console_input(focus.typed(), rest);
         rest = &rest[taken..];
         if !rest.is_empty() {
             if vm.has_ended() {
