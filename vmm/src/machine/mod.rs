@@ -159,7 +159,7 @@ where
             controllers.ioapic.connect_routes(routes);
         }
         let chipset = chipset::build(config, &common, &controllers, serial)?;
-        let pci = pci::build(config, &common, &chipset, &controllers.gsi, partition.msi_sink(), virtio)?;
+        let pci = pci::build(config, &common, &chipset, &controllers.gsi, &*partition, virtio)?;
         let vcpus = start_vcpus(config, &partition, &common)?;
         Ok(Self {
             vcpus,
@@ -290,8 +290,9 @@ fn map_ram(memory: &AddressSpace, map: &AddressMap, ram: &Arc<RamBlock>) -> Resu
 mod tests {
     use std::io::Write;
 
-    use atoll_api_types::{ByteSize, VmSpec};
+    use atoll_api_types::{Accelerator, ByteSize, VmSpec};
     use atoll_cpu_software::partition::SoftwareBackend;
+    use atoll_kvm::KvmBackend;
     use atoll_machine::control::{MachineControl, MachineRequest};
 
     use super::*;
@@ -309,20 +310,25 @@ mod tests {
         header.iter().flat_map(|word| word.to_le_bytes()).chain([0xf4, 0xeb, 0xfd]).collect()
     }
 
-    /// A guest that resets its machine in a loop must not make the host keep the machines that were.
-    #[test]
-    fn nothing_of_a_machine_outlives_it() {
+    fn halting_machine(accel: Accelerator) -> Result<Config, VmError> {
         let mut kernel = tempfile::NamedTempFile::new().unwrap();
         kernel.write_all(&halting_kernel()).unwrap();
         let mut spec = VmSpec::named("t");
         spec.boot.kernel = Some(kernel.path().to_owned());
         spec.memory = ByteSize(16 << 20);
         spec.cpus.cores = 2;
-        let config = Config::from_spec(&spec).unwrap();
+        spec.cpu = "host".to_owned();
+        spec.accel = accel;
+        Config::from_spec(&spec)
+    }
+
+    fn nothing_outlives<B: Backend>(config: &Config, backend: &B)
+    where
+        <B::Partition as Partition>::Vcpu: 'static,
+    {
         let machine =
-            Machine::build(&config, &SoftwareBackend, Arc::new(Ignore), Arc::new(|_| {}), Arc::new(|_| {}))
-                .unwrap();
-        machine.load(&config).unwrap();
+            Machine::build(config, backend, Arc::new(Ignore), Arc::new(|_| {}), Arc::new(|_| {})).unwrap();
+        machine.load(config).unwrap();
         machine.resume();
         let (memory, serial, virtio) = (
             Arc::downgrade(&machine.memory),
@@ -331,6 +337,20 @@ mod tests {
         );
         drop(machine);
         assert_eq!((memory.strong_count(), serial.strong_count(), virtio.strong_count()), (0, 0, 0));
+    }
+
+    /// A guest that resets its machine in a loop must not make the host keep the machines that were.
+    #[test]
+    fn nothing_of_a_machine_outlives_it() {
+        nothing_outlives(&halting_machine(Accelerator::Software).unwrap(), &SoftwareBackend);
+    }
+
+    #[test]
+    fn nothing_of_a_machine_on_kvm_outlives_it() {
+        match halting_machine(Accelerator::Kvm) {
+            Ok(config) => nothing_outlives(&config, &KvmBackend::open().unwrap()),
+            Err(error) => println!("skipped: {error}"),
+        }
     }
 
     /// The tables are built without naming a device, and the devices without naming the tables.

@@ -18,6 +18,7 @@ use atoll_chipset::lpc::{self, LpcBridge};
 use atoll_chipset::root_port::{RootPort, SlotListener};
 use atoll_chipset::watchdog::Watchdog;
 use atoll_firmware::layout;
+use atoll_machine::backend::{EventRoutes, Partition};
 use atoll_machine::interrupt::MsiSink;
 use atoll_machine::memory::GuestMemory;
 use atoll_machine::state::{RestoreError, SaveState, StateSection};
@@ -74,6 +75,7 @@ struct Builder<'a> {
     chipset: &'a Chipset,
     gsi: &'a Arc<Gsi>,
     msi: Arc<dyn MsiSink>,
+    routes: Option<Arc<dyn EventRoutes>>,
     mapper: Arc<dyn BarMapper>,
     sections: Vec<(String, Arc<dyn StateSection>)>,
     virtio: Vec<Arc<VirtioPciDevice>>,
@@ -85,11 +87,19 @@ pub(super) fn build(
     common: &Common,
     chipset: &Chipset,
     gsi: &Arc<Gsi>,
-    msi: Arc<dyn MsiSink>,
+    partition: &impl Partition,
     console_sink: Sink,
 ) -> Result<PciDevices, VmError> {
-    let mapper = PciBarMapper::new(&common.memory, &common.ports);
-    let mut builder = Builder { common, chipset, gsi, msi, mapper, sections: Vec::new(), virtio: Vec::new() };
+    let mut builder = Builder {
+        common,
+        chipset,
+        gsi,
+        msi: partition.msi_sink(),
+        routes: partition.event_routes(),
+        mapper: PciBarMapper::new(&common.memory, &common.ports),
+        sections: Vec::new(),
+        virtio: Vec::new(),
+    };
     builder.bridges()?;
     let console = Console::new(console_sink, DEFAULT_WINDOW, common.inputs.clone());
     builder.virtio("console", CONSOLE, console.clone())?;
@@ -147,7 +157,7 @@ impl Builder<'_> {
     }
 
     fn virtio(&mut self, name: &str, device: u8, behind: Arc<dyn VirtioDevice>) -> Result<(), VmError> {
-        let function = VirtioPciDevice::new(
+        let function = VirtioPciDevice::with_routes(
             behind,
             VirtioPciParts {
                 memory: GuestMemory::new(&self.common.memory),
@@ -156,6 +166,7 @@ impl Builder<'_> {
                 inputs: self.common.inputs.clone(),
                 mapper: self.mapper.clone(),
             },
+            self.routes.clone(),
         );
         self.chipset.root.bus().attach(devfn(device, 0), function.clone()).map_err(VmError::build)?;
         self.section(name.to_owned(), Arc::new(VirtioSection(function.clone())));
