@@ -155,7 +155,7 @@ pub const KNOWN: &[Deviation] = &[
         cases: &["beyond the limit", "stosb at the limit", "lodsw meets the limit"],
         events: ANY,
         what: "segment limits are not checked",
-        manual: "SDM vol. 3, 5.3: #GP, or #SS for the stack segment, beyond the limit; 20.1.1: also in real mode",
+        manual: "SDM vol. 3, 5.3: #GP, or #SS for the stack segment, beyond the limit; 21.3: also in real mode",
     },
     Deviation {
         cases: &["les at fffe wraps"],
@@ -173,7 +173,7 @@ pub const KNOWN: &[Deviation] = &[
         cases: &["unreal ss pushes"],
         events: ANY,
         what: "an interrupt in real mode pushes through SP whatever the stack segment's size",
-        manual: "SDM vol. 3, 6.2.3: the B flag of the stack segment gives the size of the stack pointer",
+        manual: "SDM vol. 1, 6.2.3: the B flag of the stack segment gives the size of the stack pointer",
     },
     Deviation {
         cases: &["idiv of the lowest number"],
@@ -269,7 +269,7 @@ pub const KNOWN: &[Deviation] = &[
         cases: &["xorps"],
         events: ("#UD", "#NM"),
         what: "CR0.TS is looked at before CR0.EM",
-        manual: "SDM vol. 3, 13.1.3: with CR0.EM set an SSE instruction raises #UD whatever CR0.TS is",
+        manual: "SDM vol. 3, chapter 14, table of OSFXSR, EM and TS: with EM an SSE instruction raises #UD whatever TS is",
     },
 ];
 

@@ -335,7 +335,15 @@ impl<'r> Sequence<'r> {
             prelude.push((base, rest.wrapping_sub(i.memory_displacement64())));
         } else {
             let (at, size) = (offsets.displacement_offset(), offsets.displacement_size());
-            if size < 2 || size == 2 && rest > 0xffff {
+            let highest = match (size, self.place.bits) {
+                (2, _) => 0xffff,
+                // Extended by its sign.
+                (4, 64) => 0x7fff_ffff,
+                (4, _) => 0xffff_ffff,
+                (8, _) => u64::MAX,
+                _ => return None,
+            };
+            if rest > highest {
                 return None;
             }
             bytes[at..at + size].copy_from_slice(&rest.to_le_bytes()[..size]);
