@@ -4,12 +4,11 @@
 //!
 //! The guests are a few 32-bit instructions each, started through Multiboot, so that nothing but the memory
 //! counts: *random* adds to random words of 512 MiB, *touch* writes one word of each page of 1 GiB once. The
-//! variants of one question run in turn (A B A B ...), so that a slow minute of the host hits all of them; the
-//! median of the rounds and its ratio to the first variant are printed, and the spread between the quartiles.
+//! variants of one question run in turn (A B A B ...), so that a slow minute of the host hits all of them.
 
 use std::io::Write;
 use std::sync::mpsc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use atoll_api_types::{Accelerator, ByteSize, MemorySpec, VmSpec};
 use atoll_vmm::{RunEnd, Vm, VmOutputs};
@@ -25,19 +24,24 @@ fn main() -> Result<()> {
     let rounds = std::env::args().nth(1).map_or(Ok(7), |text| text.parse())?;
     let random = kernel(random_words(512 << 20, 20_000_000)?)?;
     let touch = kernel(touch_pages(1 << 30)?)?;
-    println!("median of {rounds} rounds, ratio to the first line, quartiles");
+    println!("medians of {rounds} rounds (ratio to the first line; quartiles); CPU is of the whole process");
     let all = |sizes: &[&str]| sizes.iter().map(|s| Variant::memory(s)).collect::<Result<Vec<_>>>();
 
-    let first = ["768M,hugepages=off,prefault", "768M,prefault", "768M,hugepages=2M,prefault"];
-    compare("random access, by pages (guest's run)", &random, &all(&first)?, rounds, |t| t.run)?;
-    let first = ["1280M,hugepages=off", "1280M,hugepages=off,prefault", "1280M", "1280M,prefault"];
-    let lazy = all(&first)?;
-    compare("first touch of 1 GiB (guest's run)", &touch, &lazy, rounds, |t| t.run)?;
-    compare("first touch of 1 GiB (start-up)", &touch, &lazy, rounds, |t| t.start)?;
-    compare("first touch of 1 GiB (both)", &touch, &lazy, rounds, |t| t.start + t.run)?;
+    let pages = all(&[
+        "768M,hugepages=off,prefault",
+        "768M,hugepages=transparent,prefault",
+        "768M,hugepages=2M,prefault",
+    ])?;
+    compare("random access", &random, &pages, rounds)?;
+    let first = all(&[
+        "1280M,hugepages=off",
+        "1280M,hugepages=off,prefault",
+        "1280M,hugepages=transparent",
+        "1280M,hugepages=transparent,prefault",
+    ])?;
+    compare("first touch of 1 GiB", &touch, &first, rounds)?;
     let pinned = [Variant::memory("768M,prefault")?, Variant::pinned("768M,prefault", "0")?];
-    compare("random access, pinned or not (guest's run)", &random, &pinned, rounds, |t| t.run)?;
-    Ok(())
+    compare("random access, pinned or not", &random, &pinned, rounds)
 }
 
 /// A way to provide a machine's memory and processors.
@@ -64,50 +68,66 @@ impl Variant {
     }
 }
 
+/// What one run took, in seconds.
 struct Times {
     /// From the specification to a machine that is ready to run.
-    start: Duration,
+    start: f64,
     /// From there to the guest's end.
-    run: Duration,
+    run: f64,
+    /// CPU time of the latter.
+    cpu: f64,
 }
 
-fn compare(
-    title: &str,
-    kernel: &tempfile::NamedTempFile,
-    variants: &[Variant],
-    rounds: usize,
-    figure: impl Fn(&Times) -> Duration,
-) -> Result<()> {
+/// What is shown of each run.
+type Figure = (&'static str, fn(&Times) -> f64);
+
+const FIGURES: [Figure; 4] =
+    [("start-up", |t| t.start), ("run", |t| t.run), ("run, CPU", |t| t.cpu), ("both", |t| t.start + t.run)];
+
+fn compare(title: &str, kernel: &tempfile::NamedTempFile, variants: &[Variant], rounds: usize) -> Result<()> {
     println!("\n{title}");
-    let mut times: Vec<Vec<f64>> = variants.iter().map(|_| Vec::new()).collect();
+    let mut times: Vec<Vec<Times>> = variants.iter().map(|_| Vec::new()).collect();
     for _ in 0..rounds {
         for (variant, times) in variants.iter().zip(&mut times) {
             match once(kernel, variant) {
-                Ok(measured) => times.push(figure(&measured).as_secs_f64()),
-                Err(error) if times.is_empty() => println!("  {:34} not here: {error}", variant.name),
+                Ok(measured) => times.push(measured),
+                Err(error) if times.is_empty() => println!("  {:38} not here: {error}", variant.name),
                 Err(_) => {}
             }
         }
     }
-    let base = median(&mut times[0]);
-    for (variant, times) in variants.iter().zip(&mut times).filter(|(_, t)| !t.is_empty()) {
-        let middle = median(times);
-        let (low, high) = (times[times.len() / 4], times[times.len() * 3 / 4]);
-        println!(
-            "  {:34} {:8.1} ms   {:5.3}   {:.1} to {:.1}",
-            variant.name,
-            middle * 1e3,
-            middle / base,
-            low * 1e3,
-            high * 1e3
-        );
+    for (name, figure) in FIGURES {
+        let columns = times.iter().map(|times| sorted(times.iter().map(figure)));
+        let columns: Vec<Vec<f64>> = columns.collect();
+        for (variant, column) in variants.iter().zip(&columns).filter(|(_, column)| !column.is_empty()) {
+            println!(
+                "  {name:9} {:38} {:8.1} ms  ({:.3}; {:.1} to {:.1})",
+                variant.name,
+                at(column, 2) * 1e3,
+                at(column, 2) / at(&columns[0], 2),
+                at(column, 1) * 1e3,
+                at(column, 3) * 1e3
+            );
+        }
     }
     Ok(())
 }
 
-fn median(times: &mut [f64]) -> f64 {
-    times.sort_by(f64::total_cmp);
-    times.get(times.len() / 2).copied().unwrap_or(f64::NAN)
+fn sorted(values: impl Iterator<Item = f64>) -> Vec<f64> {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    values
+}
+
+/// The value after `quarters` of four.
+fn at(sorted: &[f64], quarters: usize) -> f64 {
+    sorted.get(sorted.len() * quarters / 4).copied().unwrap_or(f64::NAN)
+}
+
+/// CPU time of this process so far, in seconds.
+fn cpu_time() -> f64 {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
 }
 
 fn once(kernel: &tempfile::NamedTempFile, variant: &Variant) -> Result<Times> {
@@ -116,18 +136,18 @@ fn once(kernel: &tempfile::NamedTempFile, variant: &Variant) -> Result<Times> {
     assert!(spec.memory >= ByteSize(512 << 20));
     let begin = Instant::now();
     let vm = Vm::prepare(&spec)?;
-    let start = begin.elapsed();
+    let start = begin.elapsed().as_secs_f64();
     let (sender, ended) = mpsc::channel();
-    let begin = Instant::now();
+    let (begin, cpu_before) = (Instant::now(), cpu_time());
     let _handle = vm.start(VmOutputs {
         serial: Box::new(|_| {}),
         virtio: Box::new(|_| {}),
         rebooted: Box::new(|| {}),
-        ended: Box::new(move |end| drop(sender.send((end, Instant::now())))),
+        ended: Box::new(move |end| drop(sender.send((end, begin.elapsed(), cpu_time() - cpu_before)))),
     })?;
     match ended.recv()? {
-        (RunEnd::DebugExit(0), end) => Ok(Times { start, run: end - begin }),
-        (end, _) => Err(format!("the guest ended otherwise: {end:?}").into()),
+        (RunEnd::DebugExit(0), run, cpu) => Ok(Times { start, run: run.as_secs_f64(), cpu }),
+        (end, ..) => Err(format!("the guest ended otherwise: {end:?}").into()),
     }
 }
 

@@ -119,7 +119,11 @@ fn automatic(host: &HostFacts) -> Choice {
             BackendKind::Software,
             "this host's /dev/kvm is software, the processor shows neither vmx nor svm",
         ),
-        (false, _) => Choice::new(BackendKind::Software, format!("{}; {}", why_unusable(host), mend(host))),
+        (false, Some(_)) => {
+            Choice::new(BackendKind::Software, format!("{}; {}", why_unusable(host), mend(host)))
+        }
+        // Whatever is wrong with /dev/kvm: mending it would not help.
+        (false, None) => Choice::new(BackendKind::Software, "the processor shows neither vmx nor svm"),
     }
 }
 

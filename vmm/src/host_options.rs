@@ -58,15 +58,17 @@ pub(crate) fn memory(
     cpus: usize,
 ) -> Result<RamOptions, VmError> {
     // The default asks nothing of the host.
-    if *options != MemoryOptions::default() {
-        let host = host();
-        check_node(size, options, &host)?;
-        check_huge_pages(size, options, &host)?;
-        check_lock(size, options, &host)?;
+    if *options == MemoryOptions::default() {
+        return Ok(RamOptions::default());
     }
+    let host = host();
+    check_node(size, options, &host)?;
+    check_pool(size, options, &host)?;
+    check_lock(size, options, &host)?;
     Ok(RamOptions {
         pages: match options.hugepages {
-            HugePages::Auto | HugePages::Transparent => RamPages::Transparent,
+            HugePages::Auto => RamPages::Transparent,
+            HugePages::Transparent => transparent(&host)?,
             HugePages::Off => RamPages::Small,
             HugePages::Size2M => RamPages::Huge2M,
             HugePages::Size1G => RamPages::Huge1G,
@@ -102,14 +104,22 @@ fn check_node(size: ByteSize, options: &MemoryOptions, host: &HostResources) -> 
     Ok(())
 }
 
-fn check_huge_pages(size: ByteSize, options: &MemoryOptions, host: &HostResources) -> Result<(), VmError> {
-    if options.hugepages == HugePages::Transparent && !host.transparent.for_shared_memory() {
-        return Err(refuse(
-            "--memory hugepages=transparent: this host gives shared memory none; 'echo advise > \
-             /sys/kernel/mm/transparent_hugepage/shmem_enabled' as root changes that"
+/// Shared memory where it gets transparent huge pages, else private memory.
+fn transparent(host: &HostResources) -> Result<RamPages, VmError> {
+    if host.transparent.for_shared_memory() {
+        Ok(RamPages::Transparent)
+    } else if host.transparent.for_private_memory() {
+        Ok(RamPages::PrivateTransparent)
+    } else {
+        Err(refuse(
+            "--memory hugepages=transparent: this host gives none; 'echo madvise > \
+             /sys/kernel/mm/transparent_hugepage/enabled' as root changes that"
                 .to_owned(),
-        ));
+        ))
     }
+}
+
+fn check_pool(size: ByteSize, options: &MemoryOptions, host: &HostResources) -> Result<(), VmError> {
     let Some(page) = options.hugepages.pool() else { return Ok(()) };
     let kind = options.hugepages;
     if !size.0.is_multiple_of(page) {
@@ -295,8 +305,11 @@ mod tests {
     }
 
     #[test]
-    fn transparent_pages_that_would_not_come_are_refused() {
-        refused("1G,hugepages=transparent", &["shmem_enabled", "advise"]);
+    fn transparent_pages_come_from_private_memory_where_shared_memory_gets_none() {
+        assert_eq!(check("1G,hugepages=transparent", host).unwrap().pages, RamPages::PrivateTransparent);
+        let never = || HostResources { transparent: TransparentHugePages::default(), ..host() };
+        let why = check("1G,hugepages=transparent", never).unwrap_err();
+        assert!(why.contains("transparent_hugepage/enabled"), "{why}");
     }
 
     #[test]

@@ -54,12 +54,17 @@ fn transparent(facts: &Facts) -> HostCheck {
     if settings.for_shared_memory() {
         return about.ok(finding, "guest memory gets transparent huge pages");
     }
-    about.slow(
-        finding,
-        "guest memory is shared and lies in 4 KiB pages: guests that use much of it at random run about a fifth \
-         slower; --memory hugepages=transparent is refused",
-        "'echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled' as root, at every boot",
-    )
+    let advise = "'echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled' as root, at every boot";
+    let slow = "guest memory is shared and lies in 4 KiB pages: guests that use much of it at random run about a \
+                fifth slower";
+    if settings.for_private_memory() {
+        return about.slow(
+            finding,
+            slow,
+            format!("{advise}; or --memory SIZE,hugepages=transparent for one machine"),
+        );
+    }
+    about.slow(finding, format!("{slow}; --memory hugepages=transparent is refused"), advise)
 }
 
 fn pools(facts: &Facts) -> HostCheck {

@@ -66,7 +66,12 @@ fn kvm(facts: &Facts) -> HostCheck {
             refused,
             "boot an unmodified kernel",
         ),
-        (KvmDevice::Denied, _) => about.missing(
+        (KvmDevice::Denied, None) => about.missing(
+            "/dev/kvm is there, this user may not open it, and it is software: neither vmx nor svm",
+            refused,
+            bring_virtualization(facts),
+        ),
+        (KvmDevice::Denied, Some(_)) => about.missing(
             "/dev/kvm is there and this user may not open it",
             refused,
             "add the user to its group ('usermod -aG kvm NAME') and log in again",
