@@ -6,7 +6,7 @@ use atoll_machine::backend::{
     Backend, BackendError, CpuIo, HaltReason, Partition, PartitionConfig, StopFlag, Vcpu,
 };
 use atoll_machine::cpu::host::HostCpu;
-use atoll_machine::cpu::model::{CpuModel, Feature, MsrKind};
+use atoll_machine::cpu::model::{Assurances, CpuModel, Feature, MsrKind};
 use atoll_machine::cpu::msr::index as msr;
 use atoll_machine::cpu::state::{Activity, CpuState};
 use atoll_machine::cpu::topology::Topology;
@@ -24,6 +24,10 @@ struct Machine {
 }
 
 fn machine(cpus: u32) -> Option<Machine> {
+    machine_with(cpus, |model| model)
+}
+
+fn machine_with(cpus: u32, change: impl Fn(CpuModel) -> CpuModel) -> Option<Machine> {
     let backend = match KvmBackend::open() {
         Ok(backend) => backend,
         Err(error) => {
@@ -34,7 +38,7 @@ fn machine(cpus: u32) -> Option<Machine> {
     let khz = backend.fixed_tsc_khz().unwrap_or_else(|| HostClock::nominal_tsc_khz(&HostCpu::detect()));
     let clock = HostClock::started(khz);
     let resolve = |name| CpuModel::resolve_for(name, &HostCpu::detect(), &backend.features(), khz);
-    let model = Arc::new(resolve("atoll-base").or_else(|_| resolve("host")).unwrap());
+    let model = Arc::new(change(resolve("atoll-base").or_else(|_| resolve("host")).unwrap()));
     let memory = AddressSpace::new();
     let ram = RamBlock::new_shared("ram", 1 << 20).unwrap();
     memory.map_ram(0, &ram, 0, 1 << 20, 0).unwrap();
@@ -149,6 +153,28 @@ fn impossible_states_change_nothing() {
         assert!(vcpu.set_state(&bad).is_err());
         assert_eq!(CpuState { tsc: before.tsc, ..vcpu.state() }, before);
     }
+}
+
+#[test]
+fn what_the_host_refuses_beyond_the_model_changes_nothing() {
+    // The software CPU's promises: this host may lack IBRS.
+    let Some(machine) = machine_with(1, |model| model.with_assurances(Assurances::ALL)) else { return };
+    if !virtualizes() {
+        return;
+    }
+    let mut vcpu = machine.guest(0, &[0xf4]);
+    let before = vcpu.state();
+    let mut wanted = CpuState { rip: 77, ..before.clone() };
+    wanted.msrs.iter_mut().find(|(i, _)| *i == msr::SPEC_CTRL).unwrap().1 = 1;
+    wanted.check(&machine.model).unwrap();
+    let expected = match vcpu.set_state(&wanted) {
+        Ok(()) => wanted,
+        Err(error) => {
+            assert!(error.to_string().contains("0x48"), "{error}");
+            before.clone()
+        }
+    };
+    assert_eq!(CpuState { tsc: expected.tsc, ..vcpu.state() }, expected);
 }
 
 #[test]
