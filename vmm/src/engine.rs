@@ -59,11 +59,20 @@ impl Engine {
         fixed.unwrap_or_else(|| HostClock::nominal_tsc_khz(host))
     }
 
-    /// Whether a machine with `model` can run here: the features that are missing are named.
+    /// Whether a machine with `model` can run here: the features that are missing are named. A guest that was told
+    /// that its processor leaks nothing by speculation is not moved to one that does.
     pub(crate) fn check(&self, model: &CpuModel) -> Result<(), VmError> {
-        let missing = model.missing_on(&HostCpu::detect(), &self.features());
-        if missing.is_empty() {
+        let features = self.features();
+        let missing = model.missing_on(&HostCpu::detect(), &features);
+        if missing.is_empty() && model.assurances_hold_on(&features) {
             return Ok(());
+        }
+        if missing.is_empty() {
+            return Err(VmError::Model(format!(
+                "the machine's guest relies on promises about speculative execution that {} cannot keep here; a \
+                 machine that was started on it can come back to it",
+                self.kind().name()
+            )));
         }
         Err(VmError::Model(format!(
             "CPU model {} needs {missing}, which {} does not have here; choose another with --cpu",
