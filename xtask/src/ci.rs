@@ -94,6 +94,10 @@ fn long_lane(arguments: &Arguments, built: bool, step: &mut Step<'_>) {
         let arguments = ["run", "--release", "--package", "atoll-oracle", "--", "--cases", "10000000"];
         run_command(&mut cargo(&arguments))
     });
+    step("the reference emulator", &mut || {
+        let arguments = ["run", "--release", "--package", "atoll-differential", "--", "--random", "8000"];
+        run_command(&mut cargo(&arguments))
+    });
     if built {
         step("every kernel and a whole Debian", &mut || boot::run(&boot::Arguments::long()));
     }
