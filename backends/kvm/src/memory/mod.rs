@@ -165,10 +165,12 @@ impl Slots {
     /// reason, when the slots are not what they should be: the machine cannot go on.
     pub(crate) fn enter(&self, index: u32) -> Result<Inside<'_>, String> {
         let inside = self.gate.enter(index).ok_or_else(|| format!("vCPU {index} has no seat"))?;
-        match self.failed.load(Ordering::Relaxed) {
-            true => Err(self.failure().unwrap_or_default()),
-            false => Ok(inside),
+        if self.failed.load(Ordering::Relaxed) {
+            // Who holds the table may be waiting for the gate.
+            drop(inside);
+            return Err(self.failure().unwrap_or_default());
         }
+        Ok(inside)
     }
 
     /// Maps the dirty ring of the new vCPU `index`, when rings are in use.
@@ -189,10 +191,13 @@ impl Slots {
         self.lock().failure.clone()
     }
 
+    /// Stops the machine: each vCPU meets the failure before it enters the guest again, and all leave it now.
     fn fail(&self, inner: &mut Inner, why: String) {
         log_limited!(error, "{why}");
         inner.failure.get_or_insert(why);
-        self.failed.store(true, Ordering::SeqCst);
+        if !self.failed.swap(true, Ordering::SeqCst) {
+            drop(self.gate.close());
+        }
     }
 
     /// Brings the slots in line with `view`.

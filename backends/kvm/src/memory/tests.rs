@@ -205,6 +205,58 @@ fn a_refused_slot_stops_every_vcpu_with_the_reason() {
 }
 
 #[test]
+fn a_failure_calls_vcpus_out_of_the_guest() {
+    let space = AddressSpace::new();
+    let (fake, slots) = ringed(&space, 8);
+    let kicked = Arc::new(AtomicBool::new(false));
+    let flag = kicked.clone();
+    slots.set_kick(Box::new(move |_| flag.store(true, Ordering::SeqCst)));
+    std::thread::scope(|scope| {
+        let inside = slots.enter(1).ok().unwrap();
+        let slots = &slots;
+        let vcpu = scope.spawn(move || {
+            while !kicked.load(Ordering::SeqCst) {
+                std::thread::yield_now();
+            }
+            drop(inside);
+            slots.enter(1).err()
+        });
+        fake.0.refuse_new.store(true, Ordering::SeqCst);
+        space.map_ram(0, &ram(1), 0, P, 0).unwrap();
+        assert!(vcpu.join().unwrap().is_some());
+    });
+}
+
+/// Vcpus that meet a failure while slots are still being replaced wait for neither table nor gate for ever.
+#[test]
+fn a_failure_while_slots_change_blocks_nobody() {
+    let space = AddressSpace::new();
+    let block = ram(8);
+    space.map_ram(0, &block, 0, 8 * P, 0).unwrap();
+    let (fake, slots) = ringed(&space, 8);
+    slots.set_kick(Box::new(|_| {}));
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for index in 0..2 {
+            let (slots, stop) = (&slots, &stop);
+            scope.spawn(move || {
+                while !stop.load(Ordering::SeqCst) {
+                    drop(slots.enter(index));
+                }
+            });
+        }
+        for n in 0..200 {
+            fake.0.refuse_new.store(n == 20, Ordering::SeqCst);
+            // A hole comes and goes: the slot is replaced.
+            let hole = space.map_rom(3 * P, &block, 0, P, 1).unwrap();
+            space.unmap(hole);
+        }
+        stop.store(true, Ordering::SeqCst);
+    });
+    assert!(slots.failure().is_some());
+}
+
+#[test]
 fn memory_of_a_slot_that_the_kernel_keeps_stays_mapped() {
     let space = AddressSpace::new();
     let block = ram(1);
