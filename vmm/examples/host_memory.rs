@@ -174,7 +174,7 @@ fn random_words(bytes: u32, count: u32) -> Result<CodeAssembler> {
     a.mov(edx, eax)?;
     // The low bits of such a sequence are hardly random.
     a.shr(edx, 2u32)?;
-    a.and(edx, (bytes - 1 & !3) as i32)?;
+    a.and(edx, ((bytes - 1) & !3) as i32)?;
     a.add(dword_ptr(edx + WORK), ecx)?;
     a.dec(ecx)?;
     a.jne(again)?;

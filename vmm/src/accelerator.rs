@@ -127,6 +127,32 @@ fn automatic(host: &HostFacts) -> Choice {
     }
 }
 
+/// Opens what was chosen with `open`. What looked like a usable KVM may still lack something: the kernel may be too
+/// old, or not give the machine's CPU model. Then `auto` takes the software CPU and says why, and `kvm` is refused.
+pub(crate) fn open<T>(
+    asked: Accelerator,
+    choice: Choice,
+    open: impl Fn(BackendKind) -> Result<T, VmError>,
+) -> Result<(Choice, T), VmError> {
+    match (open(choice.backend), choice.backend, asked) {
+        (Ok(opened), ..) => Ok((choice, opened)),
+        (Err(error), BackendKind::Kvm, Accelerator::Auto) => {
+            let software =
+                Choice::new(BackendKind::Software, format!("KVM cannot run this machine: {error}"));
+            Ok((software, open(BackendKind::Software)?))
+        }
+        (Err(VmError::Model(error)), BackendKind::Kvm, _) if choice.warning.is_some() => {
+            Err(VmError::Model(format!(
+                "{error}; this host's KVM is software: it takes --cpu host, and --accel software every model"
+            )))
+        }
+        (Err(VmError::Backend(error)), BackendKind::Kvm, _) => Err(VmError::Accelerator(format!(
+            "--accel kvm: this host's KVM cannot be used: {error}; use --accel software"
+        ))),
+        (Err(error), ..) => Err(error),
+    }
+}
+
 /// Why an unusable `/dev/kvm` is unusable.
 fn why_unusable(host: &HostFacts) -> String {
     match &host.kvm {
@@ -156,6 +182,8 @@ fn mend(host: &HostFacts) -> &'static str {
 
 #[cfg(test)]
 mod tests {
+    use atoll_machine::backend::BackendError;
+
     use super::*;
 
     const DEVICES: [KvmDevice; 4] =
@@ -229,6 +257,35 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn a_kvm_that_disappoints_is_replaced_for_auto_and_refused_for_kvm() {
+        let real = host(KvmDevice::Answers(12), Some(Virtualization::Vmx));
+        let lacks = |kind| match kind {
+            BackendKind::Software => Ok(kind),
+            BackendKind::Kvm => Err(VmError::Backend(BackendError::Config("the kernel lacks X".to_owned()))),
+        };
+        let choice = choose(Accelerator::Auto, &real).unwrap();
+        assert_eq!(choice.backend, BackendKind::Kvm);
+        let (choice, opened) = open(Accelerator::Auto, choice, lacks).unwrap();
+        assert_eq!((choice.backend, opened), (BackendKind::Software, BackendKind::Software));
+        assert!(choice.why.contains("the kernel lacks X"), "{choice}");
+
+        let choice = choose(Accelerator::Kvm, &real).unwrap();
+        let error = open(Accelerator::Kvm, choice, lacks).unwrap_err();
+        assert!(error.is_input() && error.to_string().contains("the kernel lacks X"), "{error}");
+
+        // Where KVM is software it lacks much of the processor, which is worth a word.
+        let software = choose(Accelerator::Kvm, &host(KvmDevice::Answers(12), None)).unwrap();
+        let model = |_: BackendKind| -> Result<(), _> { Err(VmError::Model("needs avx".to_owned())) };
+        let error = open(Accelerator::Kvm, software, model).unwrap_err().to_string();
+        assert!(error.contains("needs avx") && error.contains("--cpu host"), "{error}");
+
+        // A machine that neither can run is refused in the words of the one that runs everything.
+        let none = |kind: BackendKind| -> Result<(), _> { Err(VmError::Model(kind.name().to_owned())) };
+        let choice = choose(Accelerator::Auto, &real).unwrap();
+        assert_eq!(open(Accelerator::Auto, choice, none).unwrap_err().to_string(), "software");
     }
 
     #[test]

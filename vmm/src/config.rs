@@ -53,13 +53,16 @@ impl Config {
     pub(crate) fn with_disks(spec: &VmSpec, ready: Vec<Arc<dyn Disk>>) -> Result<Self, VmError> {
         check_name(&spec.name)?;
         let accelerator = accelerator::choose(spec.accel, &HostFacts::gather())?;
-        let engine = Engine::open(accelerator.backend)?;
+        let (accelerator, (engine, model)) = accelerator::open(spec.accel, accelerator, |kind| {
+            let engine = Engine::open(kind)?;
+            let model = models::resolve(&spec.cpu, &engine)?;
+            Ok((engine, model))
+        })?;
         let topology = topology(spec)?;
         let map = memory_map(spec.memory)?;
         let uuid = uuid_of(&spec.name);
         let boot = BootFiles::open(&spec.boot)?;
         let bytes = boot.read()?;
-        let model = models::resolve(&spec.cpu, &engine)?;
         check_host_memory(spec.memory)?;
         let host_cpus = atoll_foundation::host::cpu_count();
         let ram_options =

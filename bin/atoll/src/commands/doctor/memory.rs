@@ -55,8 +55,8 @@ fn transparent(facts: &Facts) -> HostCheck {
         return about.ok(finding, "guest memory gets transparent huge pages");
     }
     let advise = "'echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled' as root, at every boot";
-    let slow = "guest memory is shared and lies in 4 KiB pages: guests that use much of it at random run about a \
-                fifth slower";
+    let slow = "guest memory is shared and lies in 4 KiB pages: guests that use much of it at random take a \
+                quarter to a half longer";
     if settings.for_private_memory() {
         return about.slow(
             finding,
