@@ -384,7 +384,13 @@ impl<P: Partition> Machine<P> {
         if late {
             let s = guest.vcpu.state();
             let at = (s.rip, s.rflags, s.activity);
-            panic!("vCPU {index} did not end its program in {TIME_LIMIT:?}: {at:x?}");
+            let words = |file: usize| (0..8).map(|n| payload::apic(&s, file + n * 0x10)).collect::<Vec<_>>();
+            let (service, request) = (words(0x100), words(0x200));
+            let event = (s.pending_event, s.interrupt_shadow, s.cr8, payload::apic(&s, 0xa0));
+            panic!(
+                "vCPU {index} did not end its program in {TIME_LIMIT:?}: {at:x?}, in service {service:x?}, \
+                 requested {request:x?}, pending {event:x?}"
+            );
         }
         reason.expect("the run of a vCPU")
     }

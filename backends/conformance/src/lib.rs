@@ -64,6 +64,7 @@ pub fn cases<B: Backend>() -> Vec<Case<B>> {
             code_changed_by_a_device_runs_changed;
         modes:
             real_to_protected_to_pae_to_long_and_back page_faults_carry_address_and_error_code
+            reserved_bits_in_tables_fault_with_their_code stack_references_fault_as_such
             exceptions_reach_their_handlers sse_avx_and_x87_compute system_calls_enter_and_leave_the_kernel;
         interrupts:
             message_reaches_the_addressed_vector interrupt_flag_holds_interrupts_back sti_holds_one_instruction_longer

@@ -4,19 +4,20 @@
 //! |---|---|---|
 //! | `IO` | each element goes to [`CpuIo`] | `io::port_widths_reach_the_board_in_order`, `io::string_output_and_input_keep_order` |
 //! | `MMIO` | goes to [`CpuIo`], 8 bytes at most | `io::mmio_widths_arrive_whole`, `memory::rom_ignores_writes` |
-//! | `IRQ_WINDOW_OPEN` | the PIC is acknowledged in the next turn | `interrupts::legacy_interrupt_waits_for_the_window` |
-//! | `IOAPIC_EOI` | [`EoiSink::end_of_interrupt`] | `interrupts::level_triggered_end_is_told`, `interrupts::every_pin_is_told_of_its_end` |
-//! | `X86_RDMSR`, `X86_WRMSR` | the register bank of `msrs` answers, or #GP | `registers::msrs_round_trip`, `tests/exits.rs` |
+//! | `IRQ_WINDOW_OPEN` | the PIC is acknowledged in the next turn | `interrupts::legacy_interrupt_waits_for_the_window`, `interrupts::periodic_legacy_interrupts_lose_no_tick` |
+//! | `IOAPIC_EOI` | [`EoiSink::end_of_interrupt`] | `interrupts::level_triggered_end_is_told`, `interrupts::every_pin_is_told_of_its_end`, `interrupts::level_triggered_end_is_told_wherever_it_is_sent` |
+//! | `X86_RDMSR`, `X86_WRMSR` | the register bank of `msrs` answers, or #GP | `registers_outside_the_kernel_are_answered_and_unknown_ones_fault` in `tests/exits.rs` |
 //! | `SHUTDOWN` | [`HaltReason::TripleFault`] from now on | `lifecycle::triple_fault_is_reported` |
 //! | `INTR`, errors EINTR and EAGAIN | next turn | `lifecycle::kick_stops_a_tight_loop`, `lifecycle::kick_stops_a_wait_for_sipi` |
-//! | `DIRTY_RING_FULL` | the rings are emptied | `tests/dirty_ring.rs` |
-//! | `INTERNAL_ERROR` | [`RunError`] with the suberror and the instruction | `tests/exits.rs`; unit test of the text |
-//! | `FAIL_ENTRY` | [`RunError`] with the hardware's reason | unit test of the text; impossible states are refused when set |
-//! | `UNKNOWN` | [`RunError`] with the hardware's reason | unit test of the text; a processor newer than the kernel |
-//! | `MEMORY_FAULT`, error EFAULT | [`RunError`]: the host has no memory for the page | unit test of the text; needs a host out of memory |
+//! | `DIRTY_RING_FULL` | the rings are emptied | `memory::kvm_tests::a_full_ring_is_emptied_and_no_page_of_it_is_lost` |
+//! | `INTERNAL_ERROR` | [`RunError`] with the suberror and the instruction | `an_instruction_that_cannot_be_emulated_ends_the_run_with_its_bytes` in `tests/exits.rs` |
+//! | `FAIL_ENTRY` | [`RunError`] with the hardware's reason | `failures_are_told_with_their_instruction` (the text); impossible states are refused when set |
+//! | `UNKNOWN` | [`RunError`] with the hardware's reason | `failures_are_told_with_their_instruction` (the text); a processor newer than the kernel |
+//! | `MEMORY_FAULT`, error EFAULT | [`RunError`]: the host has no memory for the page | `failures_are_told_with_their_instruction` (the text); needs a host out of memory |
 //! | `HLT`, `SET_TPR` | unexpected | only without local APICs in the kernel |
 //! | `DEBUG` | unexpected | only while `KVM_SET_GUEST_DEBUG` is in force, which is never used |
-//! | `EXCEPTION`, `NMI` | unexpected | kept in the interface; no kernel since 2.6.2x (EXCEPTION: user-mode Linux on other architectures) sends them on x86 |
+//! | `EXCEPTION` | unexpected | every exception that KVM intercepts it also handles |
+//! | `NMI` | unexpected | the kernel handles the host's own NMIs |
 //! | `TPR_ACCESS` | unexpected | only after `KVM_TPR_ACCESS_REPORTING` |
 //! | `HYPERCALL` | unexpected | only after `KVM_CAP_EXIT_HYPERCALL` |
 //! | `SYSTEM_EVENT` | unexpected | on x86 only of Hyper-V guests (interface not offered) and of encrypted ones |

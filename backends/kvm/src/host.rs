@@ -57,10 +57,6 @@ pub(crate) struct Capabilities {
     pub(crate) xcrs: bool,
     /// Most entries of a dirty ring, if there are dirty rings.
     pub(crate) dirty_ring: Option<u32>,
-    /// The dirty ring is the kind with acquire and release semantics.
-    pub(crate) dirty_ring_acq_rel: bool,
-    /// Memory slots can be read-only (required, hence always).
-    pub(crate) readonly_mem: bool,
     /// Size in bytes of the area that KVM_GET_XSAVE2 fills.
     pub(crate) xsave2_size: usize,
     /// The local APIC's timer has TSC-deadline mode.
@@ -71,10 +67,6 @@ pub(crate) struct Capabilities {
     pub(crate) triple_fault_event: bool,
     /// Quirks that can be disabled (`KVM_X86_QUIRK_*`).
     pub(crate) quirks: u32,
-    /// KVM_KVMCLOCK_CTRL tells the guest of a pause.
-    pub(crate) kvmclock_ctrl: bool,
-    /// Most memory slots.
-    pub(crate) memory_slots: u32,
     /// Most vCPUs of a VM.
     pub(crate) max_vcpus: u32,
     /// Largest vCPU id, which is the APIC id, plus one.
@@ -92,15 +84,11 @@ impl Capabilities {
             tsc_control: has(KVM_CAP_TSC_CONTROL),
             xcrs: has(KVM_CAP_XCRS),
             dirty_ring: (ring > 0).then_some(ring),
-            dirty_ring_acq_rel: acq_rel != 0,
-            readonly_mem: has(KVM_CAP_READONLY_MEM),
             xsave2_size: (value(KVM_CAP_XSAVE2) as usize).max(size_of::<kvm_xsave>()),
             tsc_deadline: has(KVM_CAP_TSC_DEADLINE_TIMER),
             exception_payload: has(KVM_CAP_EXCEPTION_PAYLOAD),
             triple_fault_event: has(KVM_CAP_X86_TRIPLE_FAULT_EVENT),
             quirks: value(KVM_CAP_DISABLE_QUIRKS2),
-            kvmclock_ctrl: has(KVM_CAP_KVMCLOCK_CTRL),
-            memory_slots: value(KVM_CAP_NR_MEMSLOTS).max(32),
             max_vcpus: value(KVM_CAP_MAX_VCPUS).max(1),
             max_vcpu_id: value(KVM_CAP_MAX_VCPU_ID).max(1),
         }
@@ -143,19 +131,13 @@ impl KvmHost {
         let supported =
             kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(host("asking KVM for CPUID"))?;
         let spare = kvm.create_vm().map_err(host("creating a VM"))?;
-        let (tsc_khz, reusable) = tsc_khz(&kvm, &spare).map_err(host("asking KVM for the TSC frequency"))?;
-        let spare = Mutex::new(reusable.then_some(spare));
+        let tsc_khz = tsc_khz(&kvm, &spare).map_err(host("asking KVM for the TSC frequency"))?;
         let arch_capabilities = feature_msr(&kvm, IA32_ARCH_CAPABILITIES).unwrap_or(0);
-        Ok(Self { kvm, capabilities, supported, arch_capabilities, tsc_khz, spare })
+        Ok(Self { kvm, capabilities, supported, arch_capabilities, tsc_khz, spare: Mutex::new(Some(spare)) })
     }
 
     pub(crate) fn capabilities(&self) -> &Capabilities {
         &self.capabilities
-    }
-
-    /// What `KVM_GET_SUPPORTED_CPUID` says.
-    pub(crate) fn supported_cpuid(&self) -> &CpuId {
-        &self.supported
     }
 
     /// A new VM.
@@ -230,17 +212,15 @@ fn features(supported: &CpuId, tsc_deadline: bool, xcrs: bool) -> FeatureSet {
     features
 }
 
-/// The host's TSC frequency, and whether `vm` is still as good as new.
-fn tsc_khz(kvm: &Kvm, vm: &VmFd) -> Result<(u32, bool), kvm_ioctls::Error> {
+/// The host's TSC frequency in kHz. Leaves `vm` as it was.
+fn tsc_khz(kvm: &Kvm, vm: &VmFd) -> Result<u32, kvm_ioctls::Error> {
     // SAFETY: KVM_GET_TSC_KHZ takes no argument.
     let khz = unsafe { libc::ioctl(vm.as_raw_fd(), KVM_GET_TSC_KHZ, 0) };
     if khz > 0 {
-        return Ok((khz as u32, true));
+        return Ok(khz as u32);
     }
     // Before Linux 5.19 only vCPUs know it.
-    let other = kvm.create_vm()?;
-    let khz = other.create_vcpu(0)?.get_tsc_khz()?;
-    Ok((khz, true))
+    kvm.create_vm()?.create_vcpu(0)?.get_tsc_khz()
 }
 
 /// Turns an error of KVM into one that says what was attempted.

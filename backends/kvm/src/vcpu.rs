@@ -24,6 +24,7 @@
 #![allow(unsafe_code)]
 
 use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 
 use atoll_foundation::log_limited;
 use atoll_machine::backend::{BackendError, CpuIo, HaltReason, RunError, StateError, StopFlag, Vcpu};
@@ -126,6 +127,7 @@ impl KvmVcpu {
     fn turns<I: CpuIo>(&mut self, stop: &StopFlag, io: &I) -> Result<HaltReason, RunError> {
         loop {
             self.page.immediate_exit().set(false);
+            fence(Ordering::SeqCst);
             if stop.is_set() {
                 return Ok(HaltReason::Stopped);
             }

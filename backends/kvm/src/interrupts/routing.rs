@@ -5,8 +5,8 @@
 //! | 0 to 23 | the level-triggered entries of the IOAPIC. Nothing is ever sent through them: KVM compares the vectors that end with these routes, and returns from `KVM_RUN` for those that match |
 //! | 24 and up | messages of bound eventfds (irqfd), given out by [`Routing::allocate`] |
 //!
-//! The kernel takes the table as a whole, and waits for a grace period: some 10 to 100 us for each change. The
-//! IOAPIC announces changes only, and masking is none.
+//! The kernel takes the table as a whole, and waits for a grace period: up to some milliseconds for each change on a
+//! busy host. The IOAPIC announces changes only, and masking is none.
 
 use std::collections::BTreeMap;
 use std::io;
