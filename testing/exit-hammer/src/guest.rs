@@ -2,7 +2,8 @@
 //! again. Interrupts from all sides come in between.
 //!
 //! Two vCPUs run it in 64-bit mode; a third one is only there to be started by INIT and SIPI. Registers: RBX is the
-//! generator's state, R12 the vCPU's device, R13 its scratch memory, R14 the rounds so far; the rest is free.
+//! generator's state, R12 the vCPU's device, R13 its scratch memory, R14 the rounds so far, R11 the way
+//! that it is on; the rest is free.
 //! The layout of memory is the conformance suite's ([`atoll_backend_conformance::payload`]) and what [`place`] adds.
 
 use atoll_backend_conformance::payload::{Built, DATA, Payload, count_of, resume_of};
@@ -22,6 +23,10 @@ pub(crate) mod place {
     /// Rounds that vCPU `index` has finished, in 64 bits; a page that nothing else writes.
     pub(crate) const fn rounds(index: u32) -> u64 {
         scratch(index) + 0x8000
+    }
+    /// How often vCPU `index` took way `number`, and the TSC ticks that took, in 64 bits each.
+    pub(crate) const fn taken(index: u32, number: u64) -> u64 {
+        scratch(index) + 0x9000 + number * 16
     }
     /// 256 bytes, each the low byte of its address.
     pub(crate) const PATTERN: u64 = 0x3f_0000;
@@ -214,18 +219,26 @@ impl Guest<'_> {
         self.a.set_label(&mut top)?;
         self.draw(ways.len() as u32)?;
         self.a.mov(r11d, eax)?;
+        self.a.time()?;
+        self.a.mov(qword_ptr(r13 + 0x28), rax)?;
         for (position, (number, way)) in ways.iter().enumerate() {
             let mut not_this = self.a.create_label();
             self.way = *number;
             self.a.cmp(r11d, position as u32)?;
             self.a.jne(not_this)?;
             (way.emit)(self)?;
+            self.a.mov(r11d, *number)?;
             self.a.jmp(next_round)?;
             self.a.set_label(&mut not_this)?;
             self.a.nop()?;
         }
         self.a.set_label(&mut next_round)?;
         self.a.sti()?;
+        self.a.time()?;
+        self.a.sub(rax, qword_ptr(r13 + 0x28))?;
+        self.a.shl(r11d, 4)?;
+        self.a.inc(qword_ptr(r13 + r11 + 0x9000))?;
+        self.a.add(qword_ptr(r13 + r11 + 0x9008), rax)?;
         self.a.inc(r14)?;
         self.a.mov(qword_ptr(place::rounds(self.index)), r14)?;
         self.a.jmp(top)

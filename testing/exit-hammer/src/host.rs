@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! vCPU threads (3)   run ── kicked ──► check the accesses, sometimes read the state and set it again ──► run
-//! kicker             stops a vCPU every few milliseconds
+//! kicker             stops a vCPU every few rounds
 //! messenger          messages and NMIs to random vCPUs
 //! dirt reader        logs dirty pages for a while, checks that what changed is in it
 //! main               watches that every vCPU makes progress; says when it is over
@@ -37,6 +37,8 @@ pub(crate) struct Statistics {
     pub(crate) messages: AtomicU64,
     pub(crate) dirty_checks: AtomicU64,
     pub(crate) level_ends: u64,
+    /// Of each way: its name, how often it was taken, and its average time in microseconds.
+    pub(crate) ways: Vec<(&'static str, u64, u64)>,
 }
 
 /// What the threads share.
@@ -122,8 +124,22 @@ pub(crate) fn run<B: Backend>(backend: &B, seed: u64, time: Duration) -> Result<
     }
     shared.statistics.rounds = (0..HAMMERS).map(|i| machine.u64_at(place::rounds(i))).sum();
     shared.statistics.exits = shared.checker.get_mut().unwrap_or_else(PoisonError::into_inner).exits;
+    shared.statistics.ways = ways_taken(&machine);
     shared.statistics.level_ends = machine.eoi.vectors().len() as u64;
     Ok(shared.statistics)
+}
+
+/// What the guest counted of each way.
+fn ways_taken<P: Partition>(machine: &Machine<P>) -> Vec<(&'static str, u64, u64)> {
+    let sum = |number: u64, offset: u64| {
+        (0..HAMMERS).map(|i| machine.u64_at(place::taken(i, number) + offset)).sum::<u64>()
+    };
+    let ticks_per_micro = (u64::from(machine.model.tsc_khz) / 1000).max(1);
+    let way = |(number, way): (u64, &guest::Way)| {
+        let (count, ticks) = (sum(number, 0), sum(number, 8));
+        (way.name, count, ticks / count.max(1) / ticks_per_micro)
+    };
+    (0..).zip(WAYS).map(way).collect()
 }
 
 /// Devices, RAM that moves, the pattern, and the answers to what the guest asks.
@@ -180,11 +196,17 @@ impl<P: Partition> Shared<'_, P> {
         Random::new(self.seed ^ thread.wrapping_mul(0x9e37_79b9_7f4a_7c15))
     }
 
-    /// Waits up to so many microseconds, but not past the end.
-    fn pause(&self, random: &mut Random, micros: u64) {
-        let until = Instant::now() + Duration::from_micros(random.below(micros) + 1);
-        while Instant::now() < until && !self.is_over() {
-            std::thread::sleep((until - Instant::now()).min(Duration::from_millis(20)));
+    fn rounds(&self) -> [u64; HAMMERS as usize] {
+        [0, 1].map(|i| self.machine.u64_at(place::rounds(i)))
+    }
+
+    /// Waits until the guest has done up to `rounds` rounds, or half a second: a host that is slow at everything must
+    /// not be so busy with stops and interrupts that its guest never gets anywhere.
+    fn pause(&self, random: &mut Random, rounds: u64) {
+        let goal = self.rounds().iter().sum::<u64>() + random.below(rounds) + 1;
+        let until = Instant::now() + Duration::from_millis(500);
+        while self.rounds().iter().sum::<u64>() < goal && Instant::now() < until && !self.is_over() {
+            std::thread::sleep(Duration::from_micros(random.below(1000) + 1));
         }
     }
 }
@@ -222,7 +244,7 @@ fn drive<P: Partition>(shared: &Shared<'_, P>, guest: &mut Guest<P>) {
 fn kick<P: Partition>(shared: &Shared<'_, P>) {
     let mut random = shared.random(1);
     while !shared.is_over() {
-        shared.pause(&mut random, 10_000);
+        shared.pause(&mut random, 100);
         shared.machine.stop(random.below(u64::from(HAMMERS) + 1) as u32);
     }
 }
@@ -231,7 +253,7 @@ fn kick<P: Partition>(shared: &Shared<'_, P>) {
 fn send_messages<P: Partition>(shared: &Shared<'_, P>) {
     let mut random = shared.random(2);
     while !shared.is_over() {
-        shared.pause(&mut random, 5_000);
+        shared.pause(&mut random, 40);
         let to = random.below(u64::from(HAMMERS));
         match random.below(4) {
             0 => shared.machine.partition.inject_nmi(to as u32),
@@ -246,14 +268,13 @@ fn send_messages<P: Partition>(shared: &Shared<'_, P>) {
 /// Logs dirty pages for a while, then not for a while. A page that changed while it was logged must be in the log.
 fn read_dirt<P: Partition>(shared: &Shared<'_, P>) {
     let mut random = shared.random(3);
-    let rounds = || [0, 1].map(|i| shared.machine.u64_at(place::rounds(i)));
     while !shared.is_over() {
         let mut reader = shared.machine.ram.dirty_log();
         for _ in 0..random.below(5) + 1 {
             drop(reader.take());
-            let before = rounds();
-            shared.pause(&mut random, 30_000);
-            let after = rounds();
+            let before = shared.rounds();
+            shared.pause(&mut random, 100);
+            let after = shared.rounds();
             let pages = reader.take();
             for i in 0..HAMMERS {
                 let changed = before[i as usize] != after[i as usize];
@@ -264,7 +285,7 @@ fn read_dirt<P: Partition>(shared: &Shared<'_, P>) {
             shared.statistics.dirty_checks.fetch_add(1, Ordering::Relaxed);
         }
         drop(reader);
-        shared.pause(&mut random, 100_000);
+        shared.pause(&mut random, 400);
     }
 }
 

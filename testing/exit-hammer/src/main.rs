@@ -14,6 +14,7 @@ mod host;
 mod random;
 
 use std::process::ExitCode;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anyhow::{Result, bail};
@@ -45,7 +46,7 @@ fn main() -> ExitCode {
     println!("hammer: seed {seed}");
     match hammer(&arguments, seed) {
         Ok(statistics) => {
-            println!("hammer: {} rounds; {statistics:?}", statistics.rounds);
+            report(&statistics);
             println!("test {name} ... ok");
             ExitCode::SUCCESS
         }
@@ -53,6 +54,22 @@ fn main() -> ExitCode {
             println!("test {name} ... FAILED: {error:#}");
             ExitCode::FAILURE
         }
+    }
+}
+
+fn report(s: &host::Statistics) {
+    println!(
+        "hammer: {} rounds, {} accesses, {} stops, {} states set, {} unasked messages, {} dirty logs, {} level ends",
+        s.rounds,
+        s.exits,
+        s.stops.load(Ordering::Relaxed),
+        s.states.load(Ordering::Relaxed),
+        s.messages.load(Ordering::Relaxed),
+        s.dirty_checks.load(Ordering::Relaxed),
+        s.level_ends
+    );
+    for (name, count, micros) in &s.ways {
+        println!("hammer: {name}: {count} times, {micros} us each");
     }
 }
 
@@ -65,6 +82,11 @@ fn hammer(arguments: &Arguments, seed: u64) -> Result<host::Statistics> {
     };
     if statistics.rounds < 100 {
         bail!("only {} rounds: that shows nothing", statistics.rounds);
+    }
+    // With a thousand rounds a way that was never taken is one that cannot be.
+    let never = |(_, count, _): &&(&str, u64, u64)| *count == 0;
+    if let Some((name, ..)) = statistics.ways.iter().find(never).filter(|_| statistics.rounds > 1000) {
+        println!("hammer: no vCPU took the way \"{name}\": the CPU model does not have it");
     }
     Ok(statistics)
 }
