@@ -34,6 +34,14 @@ impl BackendKind {
             Self::Kvm => "kvm",
         }
     }
+
+    /// What people call it.
+    pub fn title(self) -> &'static str {
+        match self {
+            Self::Software => "the software CPU",
+            Self::Kvm => "KVM",
+        }
+    }
 }
 
 /// The accelerator of one machine.

@@ -64,9 +64,7 @@ impl Config {
         let boot = BootFiles::open(&spec.boot)?;
         let bytes = boot.read()?;
         check_host_memory(spec.memory)?;
-        let host_cpus = atoll_foundation::host::cpu_count();
-        let ram_options =
-            host_options::memory(spec.memory, &spec.memory_options, HostResources::gather, host_cpus)?;
+        let ram_options = host_options::memory(spec.memory, &spec.memory_options, HostResources::gather)?;
         let pinning = host_options::pinning(spec.pin.as_ref(), topology.cpus(), HostResources::gather)?;
         let asked = spec.disks.len() + ready.len();
         if asked > machine::MAX_DISKS {

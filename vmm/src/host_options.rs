@@ -55,7 +55,6 @@ pub(crate) fn memory(
     size: ByteSize,
     options: &MemoryOptions,
     host: impl FnOnce() -> HostResources,
-    cpus: usize,
 ) -> Result<RamOptions, VmError> {
     // The default asks nothing of the host.
     if *options == MemoryOptions::default() {
@@ -74,7 +73,11 @@ pub(crate) fn memory(
             HugePages::Size1G => RamPages::Huge1G,
         },
         lock: options.lock,
-        prefault_threads: if options.prefault { cpus.clamp(1, MAX_PREFAULT_THREADS) } else { 0 },
+        prefault_threads: if options.prefault {
+            host.allowed_cpus.len().clamp(1, MAX_PREFAULT_THREADS)
+        } else {
+            0
+        },
         numa_node: options.numa,
     })
 }
@@ -246,7 +249,7 @@ mod tests {
 
     fn check(text: &str, host: impl FnOnce() -> HostResources) -> Result<RamOptions, String> {
         let spec: atoll_api_types::MemorySpec = text.parse().unwrap();
-        memory(spec.size, &spec.options, host, 4).map_err(|error| {
+        memory(spec.size, &spec.options, host).map_err(|error| {
             assert!(error.is_input(), "exit code 2: {error}");
             error.to_string()
         })
@@ -268,7 +271,7 @@ mod tests {
     fn what_the_host_has_is_given() {
         let options = check("1G,hugepages=2M,prefault,numa=0", host).unwrap();
         let expected =
-            RamOptions { pages: RamPages::Huge2M, lock: false, prefault_threads: 4, numa_node: Some(0) };
+            RamOptions { pages: RamPages::Huge2M, lock: false, prefault_threads: 2, numa_node: Some(0) };
         assert_eq!(options, expected);
         assert_eq!(check("1G,hugepages=off", host).unwrap().pages, RamPages::Small);
         assert!(check("8M,lock", host).unwrap().lock);

@@ -13,6 +13,7 @@ use std::io::{IsTerminal, Write};
 
 use atoll_api_types::{Accelerator, CheckState, HOST_REPORT_VERSION, HostCheck, HostReport};
 use atoll_foundation::terminal;
+use atoll_vmm::Choice;
 
 use crate::VerbResult;
 use facts::Facts;
@@ -30,7 +31,7 @@ pub(crate) fn run(args: &Args) -> VerbResult {
     let text = if args.json {
         serde_json::to_string_pretty(&report).map_err(anyhow::Error::from)? + "\n"
     } else {
-        render(&report, &facts.accelerator(Accelerator::Auto), &Look::of_stdout())
+        render(&report, facts.choice(Accelerator::Auto).as_ref(), &Look::of_stdout())
     };
     // A reader that has seen enough is no failure.
     let _ = std::io::stdout().write_all(text.as_bytes());
@@ -114,7 +115,7 @@ impl Look {
 const STATE_WIDTH: usize = 7;
 
 /// The report for people: a line per check, and for those that are not well what it means and what mends it.
-fn render(report: &HostReport, accelerator: &str, look: &Look) -> String {
+fn render(report: &HostReport, accelerator: Option<&Choice>, look: &Look) -> String {
     let titles = report.checks.iter().map(|check| check.title.len()).max().unwrap_or(0);
     let indent = STATE_WIDTH + 2 + titles + 2;
     let mut text = String::new();
@@ -122,8 +123,11 @@ fn render(report: &HostReport, accelerator: &str, look: &Look) -> String {
         let _ = write!(text, "{first}");
         wrap(&mut text, words, used, indent, look.width);
     };
-    paragraph("", 0, 0, &format!("Machines run on this host by default with the {accelerator}"));
-    paragraph("", 0, 0, "");
+    if let Some(choice) = accelerator {
+        let name = choice.backend.title();
+        paragraph("", 0, 0, &format!("Machines run here on {name} by default, because {}", choice.why));
+        paragraph("", 0, 0, "");
+    }
     for check in &report.checks {
         let head = format!("{}  {:titles$}  ", look.state(check.state), check.title);
         paragraph(&head, indent, indent, &check.finding);
@@ -213,11 +217,13 @@ mod tests {
     #[test]
     fn the_text_is_aligned_wrapped_and_plain() {
         let facts = facts::tests::bare();
-        let text = render(&report(&facts), "software CPU: because", &Look { width: 80, colour: false });
+        let choice = facts.choice(Accelerator::Auto).unwrap();
+        let text = render(&report(&facts), Some(&choice), &Look { width: 80, colour: false });
+        assert!(text.starts_with("Machines run here on the software CPU by default, because "), "{text}");
         assert!(text.lines().all(|line| line.chars().count() <= 80 || !line.trim().contains(' ')), "{text}");
         assert!(text.lines().all(|line| line.trim_end() == line), "{text}");
         assert!(!text.contains('\x1b') && text.contains("To mend: "));
-        let coloured = render(&report(&facts), "", &Look { width: 80, colour: true });
+        let coloured = render(&report(&facts), None, &Look { width: 80, colour: true });
         assert!(coloured.contains("\x1b[31mmissing\x1b[0m"));
     }
 

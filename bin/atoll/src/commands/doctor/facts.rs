@@ -111,11 +111,6 @@ impl Facts {
     pub(super) fn choice(&self, asked: Accelerator) -> Option<Choice> {
         atoll_vmm::choose(asked, &self.accelerator).ok()
     }
-
-    /// As [`Facts::choice`], in a line.
-    pub(super) fn accelerator(&self, asked: Accelerator) -> String {
-        self.choice(asked).map_or(String::new(), |choice| choice.to_string())
-    }
 }
 
 fn kernel() -> (u32, u32, String) {
