@@ -51,7 +51,7 @@ pub(crate) struct Args {
     /// Processors: a number, or sockets=S,cores=C,threads=T
     #[arg(long, value_name = "N", default_value = "1", help_heading = "Machine")]
     cpus: CpuTopology,
-    /// RAM: SIZE[,hugepages=KIND][,lock][,prefault][,numa=NODE]
+    /// RAM: SIZE[,hugepages=2M|1G|transparent|off][,lock][,prefault][,numa=NODE]
     #[arg(long, value_name = "MEMORY", default_value = "512M", help_heading = "Machine")]
     memory: MemorySpec,
     /// Disk: PATH[,readonly]; may be given several times
