@@ -149,7 +149,8 @@ struct Home<P: Partition> {
 
 impl<P: Partition> Home<P> {
     fn first<B: Backend<Partition = P>>(backend: &B) -> Self {
-        let khz = HostClock::nominal_tsc_khz(&atoll_machine::cpu::host::HostCpu::detect());
+        let nominal = || HostClock::nominal_tsc_khz(&atoll_machine::cpu::host::HostCpu::detect());
+        let khz = backend.fixed_tsc_khz().unwrap_or_else(nominal);
         let clock = HostClock::started(khz);
         let machine = Machine::with_clock(backend, 1, clock.clone());
         let guest = machine.long(0, program);
