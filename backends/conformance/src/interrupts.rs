@@ -355,9 +355,7 @@ fn busy_and_idle(a: &mut Payload) -> Result<(), IcedError> {
     }
     a.jmp(again)?;
     a.set_label(&mut end)?;
-    a.sti()?;
-    a.nop()?;
-    a.cli()?;
+    a.mov(byte_ptr(DATA + 8), 1)?;
     a.exit()
 }
 
@@ -378,7 +376,11 @@ fn tick<P: Partition>(machine: &Machine<P>, ticks: u32, meanwhile: impl Fn()) {
         std::thread::sleep(Duration::from_millis(1));
     }
     machine.write(DATA, &[1]);
-    machine.pic.raise(0x29);
+    // It may be about to halt.
+    while machine.u64_at(DATA + 8) & 0xff == 0 && start.elapsed() < crate::fixture::TIME_LIMIT {
+        machine.pic.raise(0x29);
+        std::thread::sleep(Duration::from_millis(2));
+    }
 }
 
 pub(crate) fn periodic_legacy_interrupts_lose_no_tick<B: Backend>(backend: &B) {
@@ -394,7 +396,7 @@ pub(crate) fn periodic_legacy_interrupts_lose_no_tick<B: Backend>(backend: &B) {
         machine.finish(&mut guest);
     });
     assert_eq!(machine.handled(0, 0x28), u64::from(TICKS));
-    assert!((TICKS..=TICKS + 1).contains(&machine.pic.acknowledged()), "{}", machine.pic.acknowledged());
+    assert!(machine.pic.acknowledged() >= TICKS);
 }
 
 pub(crate) fn stops_lose_no_legacy_interrupt<B: Backend>(backend: &B) {
@@ -408,7 +410,7 @@ pub(crate) fn stops_lose_no_legacy_interrupt<B: Backend>(backend: &B) {
     std::thread::scope(|scope| {
         // The stop comes right after the request: before, in and after its delivery.
         scope.spawn(|| tick(&machine, TICKS, || machine.stop(0)));
-        while machine.u64_at(DATA) & 0xff == 0 {
+        while machine.u64_at(DATA + 8) & 0xff == 0 {
             machine.run(&mut guest);
             let state = guest.state();
             guest.set_state(&state).expect("its own state");

@@ -1,5 +1,7 @@
 //! Several vCPUs: destinations, IPIs, start-up, and atomic memory.
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+
 use atoll_machine::backend::{Backend, Partition, Vcpu};
 use atoll_machine::cpu::state::{Activity, gpr, seg};
 use iced_x86::IcedError;
@@ -35,11 +37,13 @@ fn servants<P: Partition>(machine: &Machine<P>, cpus: u32) -> Vec<Guest<P>> {
 /// Runs `guests` on a thread each while `meanwhile` runs; then lets them end.
 fn all_running<P: Partition>(machine: &Machine<P>, guests: &mut [Guest<P>], meanwhile: impl FnOnce()) {
     std::thread::scope(|scope| {
-        for guest in guests {
-            scope.spawn(move || machine.finish(guest));
-        }
+        let threads: Vec<_> = guests.iter_mut().map(|g| scope.spawn(move || machine.finish(g))).collect();
         meanwhile();
         machine.write(DATA, &[1]);
+        for thread in threads {
+            // With its words.
+            thread.join().unwrap_or_else(|words| resume_unwind(words));
+        }
     });
 }
 
@@ -124,7 +128,12 @@ pub(crate) fn ipi_ping_pong<B: Backend>(backend: &B) {
         Ok(vec![])
     };
     let mut guests: Vec<_> = (0..2).map(|index| machine.long(index, program)).collect();
-    all_running(&machine, &mut guests, || {});
+    let result = catch_unwind(AssertUnwindSafe(|| all_running(&machine, &mut guests, || {})));
+    if let Err(words) = result {
+        let awaited: Vec<u64> = guests.iter_mut().map(|g| g.state().gpr[gpr::RBX]).collect();
+        println!("handled {:?}, waiting for {awaited:?}", totals(&machine, 2));
+        resume_unwind(words);
+    }
     assert_eq!(totals(&machine, 2), [u64::from(ROUNDS); 2]);
 }
 
