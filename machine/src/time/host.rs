@@ -57,13 +57,15 @@ impl HostClock {
         clock
     }
 
-    /// The TSC frequency for a new machine on `host`: the host's own to the nearest MHz.
+    /// The TSC frequency for a new machine on `host`: the host's own to the nearest MHz, or below 2 GHz to the nearest
+    /// 100 kHz, so that it is never off by the 250 ppm beyond which a counter has to be scaled.
     ///
     /// Where CPUID does not tell it, the host's kernel does. Any figure would be correct, because the TSC is made
     /// from guest time; the host's own lets the machine move to hardware virtualization unscaled.
     pub fn nominal_tsc_khz(host: &HostCpu) -> u32 {
         let khz = host.tsc_khz.unwrap_or_else(kernels_tsc_khz);
-        (khz.saturating_add(500) / 1000).clamp(100, 100_000) * 1000
+        let step = if khz < 2_000_000 { 100 } else { 1000 };
+        (khz.saturating_add(step / 2) / step * step).clamp(100_000, 100_000_000)
     }
 
     /// Runs `change` on (paused, base) while readers wait; what it returns is stored. The host's clock must be
@@ -234,11 +236,13 @@ mod tests {
         assert_eq!(HostClock::nominal_tsc_khz(&host), 2_595_000);
         host.tsc_khz = None;
         let found = HostClock::nominal_tsc_khz(&host);
-        assert_eq!(found % 1000, 0);
+        assert_eq!(found % 100, 0);
         assert!((100_000..20_000_000).contains(&found), "{found}");
         assert_eq!(bogomips("processor\t: 0\nbogomips\t: 5192.19\n"), Some(5192.19));
         assert_eq!(bogomips("bogomips: -"), None);
         host.tsc_khz = Some(u32::MAX);
         assert_eq!(HostClock::nominal_tsc_khz(&host), 100_000_000);
+        host.tsc_khz = Some(1_100_449);
+        assert_eq!(HostClock::nominal_tsc_khz(&host), 1_100_400);
     }
 }
