@@ -1,7 +1,8 @@
 //! `/dev/kvm`: opening it, and what its kernel and processor can do.
 //!
-//! Required: the interface of Linux 5.16 (split irqchip, immediate exit, MSR filters and exits, vCPU attributes). What
-//! is missing is refused by name ([`REQUIRED`]). Optional abilities are fields of [`Capabilities`].
+//! Required: the interface of Linux 5.16 (split irqchip, immediate exit, MSR filters and exits, vCPU
+//! attributes). What is missing is refused by name ([`REQUIRED`]). Optional abilities are fields of
+//! [`Capabilities`].
 
 // UNSAFETY: one ioctl of the VM that kvm-ioctls offers for vCPUs only.
 #![allow(unsafe_code)]

@@ -9,11 +9,11 @@
 //!                                         e. inside = 0
 //! ```
 //!
-//! All four words are accessed in one total order. If (2) comes before (a), then (1) is seen at (b). If it comes after
-//! (a), then either KVM reads it at (d), or it came too late for that; then (c) was before (3), so the signal is
-//! sent, and it finds the thread in the kernel or on its way there, where it ends `KVM_RUN` too. The signal's
-//! handler does nothing: that it arrives is the message. One that arrives outside `KVM_RUN` interrupts nothing
-//! (`SA_RESTART`), and `immediate_exit` still stands.
+//! All four words are accessed in one total order. If (2) comes before (a), then (1) is seen at (b). If it
+//! comes after (a), then either KVM reads it at (d), or it came too late for that; then (c) was before (3), so
+//! the signal is sent, and it finds the thread in the kernel or on its way there, where it ends `KVM_RUN` too.
+//! The signal's handler does nothing: that it arrives is the message. One that arrives outside `KVM_RUN`
+//! interrupts nothing (`SA_RESTART`), and `immediate_exit` still stands.
 //!
 //! The entry's mutex keeps the mapped `kvm_run` page from going away under the kicking thread.
 

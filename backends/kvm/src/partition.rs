@@ -39,9 +39,10 @@ use crate::memory::Slots;
 use crate::tsc::TimeBase;
 use crate::vcpu::KvmVcpu;
 
-/// Where Intel processors without unrestricted guest keep an identity-mapping page table for real mode: one page,
-/// followed by three for the task segment. KVM maps them into the guest, so there must be nothing else. Between the local
-/// APIC (0xfee0_0000) and the last 16 MiB below 4 GiB, where firmware goes, the machine has nothing.
+/// Where Intel processors without unrestricted guest keep an identity-mapping page table for real mode: one
+/// page, followed by three for the task segment. KVM maps them into the guest, so there must be nothing else.
+/// Between the local APIC (0xfee0_0000) and the last 16 MiB below 4 GiB, where firmware goes, the machine has
+/// nothing.
 const IDENTITY_MAP: u64 = 0xfeff_c000;
 const TASK_SEGMENT: usize = 0xfeff_d000;
 

@@ -1,9 +1,9 @@
 //! The page that a vCPU shares with the kernel (`struct kvm_run`), and the system calls that kvm-ioctls has no
 //! wrapper for or whose wrapper hides what is needed here (the width of string I/O elements).
 //!
-//! The kernel writes the page during `KVM_RUN` only, so between two runs it belongs to the vCPU's thread; all but
-//! `immediate_exit`, which other threads set (see [`crate::kick`]). Everything is accessed through one raw pointer, field
-//! by field, so that no reference to the whole page ever exists beside those accesses.
+//! The kernel writes the page during `KVM_RUN` only, so between two runs it belongs to the vCPU's thread; all
+//! but `immediate_exit`, which other threads set (see [`crate::kick`]). Everything is accessed through one raw
+//! pointer, field by field, so that no reference to the whole page ever exists beside those accesses.
 
 // UNSAFETY: a page shared with the kernel, unions inside it, and ioctls.
 #![allow(unsafe_code)]

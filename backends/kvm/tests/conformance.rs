@@ -13,8 +13,8 @@ const KVM: &[(&str, &str)] = &[
     ("io::mmio_of_32_bytes_arrives", "KVM's instruction emulator knows no AVX"),
 ];
 
-/// Cases that a KVM without virtualization in the processor (`kvm_pvm`) cannot pass: there a kernel-mode guest runs in
-/// KVM's instruction emulator, which is made for single instructions that touch devices.
+/// Cases that a KVM without virtualization in the processor (`kvm_pvm`) cannot pass: there a kernel-mode guest
+/// runs in KVM's instruction emulator, which is made for single instructions that touch devices.
 const EMULATED: &[(&str, &str)] = &[
     ("registers::saved_form_round_trips", "the emulator knows no SSE arithmetic"),
     ("modes::exceptions_reach_their_handlers", "the emulator knows INT3 in real mode only"),

@@ -14,14 +14,14 @@
 //! the vCPU can take an interrupt, no event is half delivered, and LINT0 is unmasked in ExtINT mode or the local
 //! APIC is off. While LINT0 is masked the request waits without a cost, since KVM opens no window.
 //!
-//! Between `KVM_INTERRUPT` and delivery the vector lies in a word of KVM that no ioctl reads. A stop there would lose it
-//! for a saved state, and leave it behind for the next one. So a stop first enters KVM with a signal waiting
-//! ([`RunPage::run_without_guest`]): that turns the vector into a pending event, which is part of the state, and runs no
-//! instruction. (An NMI that comes in the same moment goes first; the vector then follows it on the same vCPU, and
-//! would be lost for a copy. KVM has no way to tell.)
+//! Between `KVM_INTERRUPT` and delivery the vector lies in a word of KVM that no ioctl reads. A stop there
+//! would lose it for a saved state, and leave it behind for the next one. So a stop first enters KVM with a
+//! signal waiting ([`RunPage::run_without_guest`]): that turns the vector into a pending event, which is part
+//! of the state, and runs no instruction. (An NMI that comes in the same moment goes first; the vector then
+//! follows it on the same vCPU, and would be lost for a copy. KVM has no way to tell.)
 //!
-//! Only the boot processor has the pin: LINT0 of others is never connected, as on the boards where the pin goes through
-//! the IOAPIC or the boot processor only. A LINT0 in fixed or NMI mode gets nothing.
+//! Only the boot processor has the pin: LINT0 of others is never connected, as on the boards where the pin goes
+//! through the IOAPIC or the boot processor only. A LINT0 in fixed or NMI mode gets nothing.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -85,7 +85,8 @@ impl ExtInt {
         page.request_interrupt_window(high);
     }
 
-    /// After each `KVM_RUN`. Any exit but those that KVM makes before it enters the guest means that the vector was taken.
+    /// After each `KVM_RUN`. Any exit but those that KVM makes before it enters the guest means that the vector
+    /// was taken.
     pub(crate) fn ran(&mut self, page: &RunPage, exit: &Exit) {
         self.fresh = true;
         let before_entry = matches!(exit, Exit::Interrupted | Exit::EndOfInterrupt(_) | Exit::DirtyRingFull);
