@@ -28,6 +28,10 @@ pub(crate) mod place {
     pub(crate) const fn taken(index: u32, number: u64) -> u64 {
         scratch(index) + 0x9000 + number * 16
     }
+    /// The number of the way that vCPU `index` is on, in 64 bits.
+    pub(crate) const fn current(index: u32) -> u64 {
+        scratch(index) + 0x30
+    }
     /// 256 bytes, each the low byte of its address.
     pub(crate) const PATTERN: u64 = 0x3f_0000;
     /// How often the third vCPU was started.
@@ -168,8 +172,8 @@ pub(crate) struct Guest<'a> {
     way: u32,
 }
 
-/// Assembles the program.
-pub(crate) fn program(a: &mut Payload, model: &CpuModel, seed: u64) -> Built {
+/// Assembles the program of the ways whose name contains one of the words in `only`, which commas separate.
+pub(crate) fn program(a: &mut Payload, model: &CpuModel, seed: u64, only: &str) -> Built {
     let (random, bug) = (a.create_label(), a.create_label());
     let index = a.index;
     let vectors = [
@@ -185,7 +189,8 @@ pub(crate) fn program(a: &mut Payload, model: &CpuModel, seed: u64) -> Built {
     a.faults(&FAULTS);
     let mut guest = Guest { a, index, random, bug, way: 0 };
     guest.begin(seed)?;
-    let ways: Vec<(u32, &Way)> = (0..).zip(WAYS).filter(|(_, w)| (w.can)(index, model)).collect();
+    let can = |w: &Way| (w.can)(index, model) && only.split(',').any(|o| w.name.contains(o));
+    let ways: Vec<(u32, &Way)> = (0..).zip(WAYS).filter(|(_, w)| can(w)).collect();
     guest.rounds(&ways)?;
     guest.handlers()?;
     Ok(vec![])
@@ -226,6 +231,7 @@ impl Guest<'_> {
             self.way = *number;
             self.a.cmp(r11d, position as u32)?;
             self.a.jne(not_this)?;
+            self.a.mov(qword_ptr(place::current(self.index)), *number as i32)?;
             (way.emit)(self)?;
             self.a.mov(r11d, *number)?;
             self.a.jmp(next_round)?;
@@ -1078,7 +1084,8 @@ fn code_change(g: &mut Guest<'_>) -> Emitted {
     g.must_be_equal(1)
 }
 
-/// What some hosts answer and others refuse.
+/// What some hosts answer and others refuse. Not CLGI: QEMU's emulated processor forgets all interrupts after a nested
+/// guest's (seen with 7.2, in the lab).
 fn odd(g: &mut Guest<'_>) -> Emitted {
     g.one_of(&[
         |g| {
@@ -1108,7 +1115,6 @@ fn odd(g: &mut Guest<'_>) -> Emitted {
             })
         },
         |g| g.tolerate(|g| g.a.vmxoff()),
-        |g| g.tolerate(|g| g.a.clgi()),
     ])
 }
 

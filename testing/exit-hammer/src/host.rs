@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail, ensure};
 use atoll_backend_conformance::fixture::{Access, Cells, Guest, Machine};
 use atoll_machine::backend::{Backend, HaltReason, Partition, Vcpu};
-use atoll_machine::cpu::state::Activity;
+use atoll_machine::cpu::state::{Activity, CpuState};
 use atoll_machine::interrupt::Msi;
 use atoll_machine::memory::{PAGE_SIZE, RamBlock};
 
@@ -24,9 +24,6 @@ use crate::random::Random;
 
 /// vCPUs that run the program.
 const HAMMERS: u32 = 2;
-/// How long a vCPU may go without finishing a round before it counts as hung. Hosts may be slow and busy.
-const PATIENCE: Duration = Duration::from_secs(60);
-
 /// What happened, for the summary.
 #[derive(Debug, Default)]
 pub(crate) struct Statistics {
@@ -75,17 +72,36 @@ impl Checker {
     }
 }
 
-/// Hammers `backend` for `time`.
+/// What to do.
+#[derive(Debug, Clone)]
+pub(crate) struct Plan {
+    /// Of the guests' choices, and as far as time lets it, of the host's.
+    pub(crate) seed: u64,
+    /// How long to go on.
+    pub(crate) whole: Duration,
+    /// How long a vCPU may take for one round before it counts as hung.
+    pub(crate) round: Duration,
+    /// Only ways whose name contains this.
+    pub(crate) only: String,
+    /// No stops, messages and dirty logs that the guest did not ask for.
+    pub(crate) calm: bool,
+}
+
+/// Hammers `backend`.
 ///
 /// # Errors
 /// What went wrong, in one line.
-pub(crate) fn run<B: Backend>(backend: &B, seed: u64, time: Duration) -> Result<Statistics> {
+pub(crate) fn run<B: Backend>(backend: &B, plan: &Plan) -> Result<Statistics> {
     let machine = Machine::new(backend, HAMMERS + 1);
     let wrong = Arc::new(Mutex::new(None));
     prepare(&machine, &wrong)?;
     let model = machine.model.clone();
     let mut guests: Vec<_> = (0..HAMMERS)
-        .map(|i| machine.long(i, |a| guest::program(a, &model, seed.wrapping_add(u64::from(i) << 32))))
+        .map(|i| {
+            machine.long(i, |a| {
+                guest::program(a, &model, plan.seed.wrapping_add(u64::from(i) << 32), &plan.only)
+            })
+        })
         .collect();
     let mut third = machine.real(HAMMERS, guest::third);
     let mut waiting = third.state();
@@ -98,17 +114,19 @@ pub(crate) fn run<B: Backend>(backend: &B, seed: u64, time: Duration) -> Result<
         wrong,
         checker: Mutex::default(),
         statistics: Statistics::default(),
-        seed,
+        seed: plan.seed,
     };
     std::thread::scope(|scope| {
         let shared = &shared;
         for guest in &mut guests {
             scope.spawn(move || drive(shared, guest));
         }
-        scope.spawn(|| kick(shared));
-        scope.spawn(|| send_messages(shared));
-        scope.spawn(|| read_dirt(shared));
-        watch(shared, time);
+        if !plan.calm {
+            scope.spawn(|| kick(shared));
+            scope.spawn(|| send_messages(shared));
+            scope.spawn(|| read_dirt(shared));
+        }
+        watch(shared, plan);
         shared.over.store(true, Ordering::SeqCst);
         for index in 0..=HAMMERS {
             machine.stop(index);
@@ -117,16 +135,46 @@ pub(crate) fn run<B: Backend>(backend: &B, seed: u64, time: Duration) -> Result<
     let wrong = shared.wrong.lock().unwrap_or_else(PoisonError::into_inner).take();
     if let Some(wrong) = wrong {
         for guest in &mut guests {
-            let s = guest.vcpu.state();
-            eprintln!("vCPU {}: rip {:#x}, rflags {:#x}, {:x?}", guest.index, s.rip, s.rflags, s.activity);
+            describe(guest.index, &guest.vcpu.state());
         }
         bail!("{wrong}");
     }
     shared.statistics.rounds = (0..HAMMERS).map(|i| machine.u64_at(place::rounds(i))).sum();
     shared.statistics.exits = shared.checker.get_mut().unwrap_or_else(PoisonError::into_inner).exits;
+    for index in 0..HAMMERS {
+        let (rounds, way) = (machine.u64_at(place::rounds(index)), machine.u64_at(place::current(index)));
+        println!("hammer: vCPU {index}: {rounds} rounds, the last one: {}", way_name(way));
+    }
     shared.statistics.ways = ways_taken(&machine);
     shared.statistics.level_ends = machine.eoi.vectors().len() as u64;
     Ok(shared.statistics)
+}
+
+/// What matters of a vCPU that is stuck.
+fn describe(index: u32, s: &CpuState) {
+    let vectors = |at: usize| -> Vec<String> {
+        let set = |v: &usize| s.lapic.registers[at + v / 32 * 0x10 + v / 8 % 4] >> (v % 8) & 1 == 1;
+        (0..256).filter(set).map(|v| format!("{v:#x}")).collect()
+    };
+    println!(
+        "hammer: vCPU {index}: rip {:#x}, rflags {:#x}, r8 {}, {:?}, shadow {}, NMI blocked {} pending {}, event {:?}, \
+         in service {:?}, requested {:?}, task priority {:#x}",
+        s.rip,
+        s.rflags,
+        s.gpr[8],
+        s.activity,
+        s.interrupt_shadow,
+        s.nmi_blocked,
+        s.nmi_pending,
+        s.pending_event,
+        vectors(0x100),
+        vectors(0x200),
+        s.lapic.registers[0x80]
+    );
+}
+
+fn way_name(number: u64) -> &'static str {
+    WAYS.get(number as usize).map_or("between the ways", |w| w.name)
 }
 
 /// What the guest counted of each way.
@@ -170,7 +218,7 @@ fn prepare<P: Partition>(machine: &Machine<P>, wrong: &Arc<Mutex<Option<String>>
             hook::MOVE_RAM => drop(memory.relocate(blocks[i], place::moving_ram(index, slot))),
             hook::ENABLE => drop(memory.set_enabled(devices[i], value != 0)),
             _ => {
-                let way = WAYS.get((value >> 8) as usize).map_or("between the ways", |w| w.name);
+                let way = way_name(u64::from(value >> 8));
                 note(&wrong, format!("vCPU {index}, {way}: check {:#x} failed", value & 0xff));
             }
         }
@@ -290,17 +338,18 @@ fn read_dirt<P: Partition>(shared: &Shared<'_, P>) {
 }
 
 /// Waits for the end, or for something to go wrong, or for a vCPU that makes no progress.
-fn watch<P: Partition>(shared: &Shared<'_, P>, time: Duration) {
+fn watch<P: Partition>(shared: &Shared<'_, P>, plan: &Plan) {
     let start = Instant::now();
     let mut last = [(0, start); HAMMERS as usize];
-    while start.elapsed() < time && !shared.has_failed() {
-        std::thread::sleep(Duration::from_millis(50).min(time));
+    while start.elapsed() < plan.whole && !shared.has_failed() {
+        std::thread::sleep(Duration::from_millis(50).min(plan.whole));
         for (i, (rounds, since)) in (0..).zip(&mut last) {
             let now = shared.machine.u64_at(place::rounds(i));
             if now != *rounds {
                 (*rounds, *since) = (now, Instant::now());
-            } else if since.elapsed() > PATIENCE {
-                note(&shared.wrong, format!("vCPU {i} hangs after {now} rounds"));
+            } else if since.elapsed() > plan.round {
+                let way = way_name(shared.machine.u64_at(place::current(i)));
+                note(&shared.wrong, format!("vCPU {i} hangs in its round {now}, {way}"));
             }
         }
     }

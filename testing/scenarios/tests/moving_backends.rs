@@ -20,6 +20,9 @@ use support::{Running, spec};
 /// A guest says something at least this often, on a busy host too.
 const PATIENCE: Duration = Duration::from_secs(300);
 
+/// How long a guest stays on the software CPU if it does not finish a round there.
+const A_WHILE: Duration = Duration::from_secs(20);
+
 /// PID 1. Each round: a checksum of known data, a block through the disk, time that has passed by a plausible amount
 /// on both the monotonic and the real-time clock, a sleep that is neither short nor endless. Every processor works.
 const SCRIPT: &str = r#"#!/bin/sh
@@ -92,8 +95,8 @@ fn has_virtualization() -> bool {
     virtualizes && Path::new("/dev/kvm").exists()
 }
 
-/// Boots on KVM and moves the machine to the other backend at every point of `moves` (seconds of waiting between
-/// them), then lets it end.
+/// Boots on KVM, moves the machine to the other backend and back `moves` times in all, then lets it end after its
+/// `rounds`.
 fn move_back_and_forth(cpus: u32, moves: u32, rounds: u32) {
     if !has_virtualization() {
         println!("skipped: no processor that virtualizes behind /dev/kvm; see cargo xtask lab");
@@ -104,7 +107,7 @@ fn move_back_and_forth(cpus: u32, moves: u32, rounds: u32) {
     let running = Running::start(&spec, vec![disk]);
     let (mut done, mut on, mut seen) = (0, BackendKind::Kvm, Vec::<String>::new());
     let started = Instant::now();
-    let (mut last_line, mut last_move) = (Instant::now(), Instant::now());
+    let (mut last_line, mut last_move, mut rounds_at_move) = (Instant::now(), Instant::now(), 0);
     loop {
         match running.lines.next(Duration::from_millis(100)) {
             Some(line) => {
@@ -119,9 +122,14 @@ fn move_back_and_forth(cpus: u32, moves: u32, rounds: u32) {
             }
             None => assert!(last_line.elapsed() < PATIENCE, "silent after {done} moves; said {seen:?}"),
         }
-        // Early moves hit the boot; on the software CPU the guest is slower, so it stays there longer.
-        let stay = Duration::from_millis(if on == BackendKind::Kvm { 700 } else { 2500 });
-        if done < moves && last_move.elapsed() > stay {
+        // The first moves hit the boot, the others the work. On the software CPU the guest is slower.
+        let rounds = seen.iter().filter(|l| l.starts_with("OK")).count();
+        let is_time = match on {
+            _ if done < moves / 2 => last_move.elapsed() > Duration::from_millis(700),
+            BackendKind::Kvm => rounds >= rounds_at_move + 3,
+            BackendKind::Software => rounds > rounds_at_move || last_move.elapsed() > A_WHILE,
+        };
+        if done < moves && is_time {
             on = if on == BackendKind::Kvm { BackendKind::Software } else { BackendKind::Kvm };
             let before = Instant::now();
             let size = running.handle.rebuild_on(on).unwrap();
@@ -129,7 +137,7 @@ fn move_back_and_forth(cpus: u32, moves: u32, rounds: u32) {
             let millis = before.elapsed().as_secs_f64() * 1e3;
             println!("moves: {done} to {on:?}, {size} bytes of state in {millis:.0} ms");
             assert!(size > 4000, "{size} bytes cannot be a whole machine");
-            last_move = Instant::now();
+            (last_move, rounds_at_move) = (Instant::now(), rounds);
         }
     }
     assert_eq!(running.end(PATIENCE), Some(RunEnd::PoweredOff));
@@ -143,11 +151,11 @@ fn move_back_and_forth(cpus: u32, moves: u32, rounds: u32) {
 #[test]
 #[ignore = "long: a whole boot, where the processor virtualizes (cargo xtask lab --long)"]
 fn linux_with_one_vcpu_moves_between_kvm_and_the_software_cpu() {
-    move_back_and_forth(1, 10, 60);
+    move_back_and_forth(1, 10, 30);
 }
 
 #[test]
 #[ignore = "long: a whole boot, where the processor virtualizes (cargo xtask lab --long)"]
 fn linux_with_two_vcpus_moves_between_kvm_and_the_software_cpu() {
-    move_back_and_forth(2, 10, 60);
+    move_back_and_forth(2, 10, 30);
 }
