@@ -513,7 +513,6 @@ fn torment(
             assert_eq!(stopped, Some(RunEnd::Stopped), "{name}, seed {seed:#x}: does not stop on request");
         }
         let grown = own_memory().saturating_sub(before);
-        let m = process_memory().unwrap(); println!("GROWN {} KiB anon {} pt {}", grown >> 10, m.rss_anon >> 10, m.page_tables >> 10);
         assert!(grown < GROWTH, "{name}, seed {seed:#x}: the process grew by {} MiB", grown >> 20);
     }
 }
