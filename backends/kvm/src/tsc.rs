@@ -23,7 +23,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use atoll_machine::backend::BackendError;
 use atoll_machine::cpu::msr::index as msr;
-use atoll_machine::time::{Clock, nanos_to_tsc};
+use atoll_machine::time::{Clock, nanos_to_tsc, tsc_to_nanos};
 use kvm_bindings::{Msrs, kvm_clock_data, kvm_msr_entry};
 use kvm_ioctls::{VcpuFd, VmFd};
 
@@ -169,8 +169,11 @@ impl TimeBase {
         }
         if counter < base.floor {
             // An earlier state of the machine comes back.
-            (base.floor, base.clock_floor) = (0, 0);
+            base.clock_floor = 0;
         }
+        // Its guest has read this much, though the origin may say less: a counter that ran a little faster than the
+        // clock for hours is far ahead.
+        base.floor = counter;
     }
 
     /// To be called before the vCPU runs.
@@ -225,7 +228,8 @@ impl TimeBase {
         }
         base.offset = Some(expected(base, clock).wrapping_sub(host));
         base.generation += 1;
-        let clock = self.clock.now().max(base.clock_floor);
+        let lead = tsc_to_nanos(lead(base, clock), self.clock.tsc_khz());
+        let clock = self.clock.now().saturating_add(lead).max(base.clock_floor);
         vm.set_clock(&kvm_clock_data { clock, ..kvm_clock_data::default() })?;
         Ok(())
     }
@@ -252,8 +256,13 @@ impl TimeBase {
 
 /// Guest TSC at the moment when the clock's is `clock`, TSC_ADJUST apart.
 fn expected(base: &Base, clock: u64) -> u64 {
-    let counter = clock.wrapping_add(base.origin);
-    if (base.floor.wrapping_sub(counter) as i64) > 0 && base.floor != 0 { base.floor } else { counter }
+    clock.wrapping_add(base.origin).wrapping_add(lead(base, clock))
+}
+
+/// By how much the guest's counters are ahead of the clock, having run faster; its paravirtual clock is, too.
+fn lead(base: &Base, clock: u64) -> u64 {
+    let lead = base.floor.wrapping_sub(clock.wrapping_add(base.origin));
+    if base.floor != 0 && (lead as i64) > 0 { lead } else { 0 }
 }
 
 /// Gives the kernel the partition's offset and the vCPU's TSC_ADJUST, where it does not have them.
@@ -350,12 +359,27 @@ mod tests {
         // Another machine's counters, of moments a little apart, one with an adjustment.
         time.restore(&mut a, 70_000_000_000, 0);
         time.restore(&mut b, 70_000_500_007, 7);
-        assert_eq!((time.tsc(), a.adjust, b.adjust), (70_000_000_000, 0, 7));
-        clock.advance(10);
-        assert_eq!(time.tsc(), 70_000_000_010);
+        // The later moment counts, so that no counter goes back.
+        assert_eq!((time.tsc(), a.adjust, b.adjust), (70_000_500_000, 0, 7));
+        clock.advance(500_010);
+        assert_eq!(time.tsc(), 70_000_500_010);
         // The same machine's own counter changes nothing.
-        time.restore(&mut a, 70_000_000_010, 0);
-        assert_eq!(time.tsc(), 70_000_000_010);
+        time.restore(&mut a, 70_000_500_010, 0);
+        assert_eq!(time.tsc(), 70_000_500_010);
+    }
+
+    #[test]
+    fn a_counter_that_ran_ahead_of_the_clock_goes_on_from_there_in_another_machine() {
+        // An hour at 100 ppm more than the clock says: 0.36 s ahead, less than what would be another origin.
+        let clock = VirtualClock::new(0, 1_000_000);
+        clock.advance(3_600_000_000_000);
+        let saved = 3_600_360_000_000;
+        let time = TimeBase::with(clock.clone(), 1_000_000, false).unwrap();
+        time.restore(&mut VcpuTime::default(), saved, 0);
+        assert_eq!(time.tsc(), saved);
+        assert_eq!(lead(&time.lock(), clock.tsc()), 360_000_000, "and so is the paravirtual clock");
+        clock.advance(360_000_001);
+        assert_eq!((time.tsc(), lead(&time.lock(), clock.tsc())), (saved + 1, 0));
     }
 
     #[test]
