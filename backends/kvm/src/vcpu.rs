@@ -213,14 +213,17 @@ impl KvmVcpu {
             self.page.immediate_exit().set(true);
             self.shutdown |= self.enter(io, false)? == Turn::Shutdown;
         }
-        let levels = self.shared.routing.has_level_routes();
-        for round in 0..SETTLE_TRIES {
-            if self.shutdown || !(round == 0 && levels || self.in_transit()) {
+        // Until the signal is all there is: a full dirty ring, for one, is reported before the end of an interrupt.
+        let mut more = self.shared.routing.has_level_routes();
+        for _ in 0..SETTLE_TRIES {
+            if self.shutdown || !(more || self.in_transit()) {
                 break;
             }
             self.page.immediate_exit().set(false);
             self.page.request_interrupt_window(false);
-            self.shutdown |= self.enter(io, true)? == Turn::Shutdown;
+            let turn = self.enter(io, true)?;
+            more = turn == Turn::Exited;
+            self.shutdown |= turn == Turn::Shutdown;
         }
         if let Some(extint) = &mut self.extint {
             extint.forget();
