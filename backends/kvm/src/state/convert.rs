@@ -91,6 +91,15 @@ pub(super) fn recall(now: Segment, set: Segment) -> Segment {
     if same { set } else { now }
 }
 
+/// [`recall`] of all eight. The bases of FS and GS count even where the segment is unusable: 64-bit programs leave
+/// null selectors there and write the bases.
+pub(super) fn recall_all(now: &[Segment; 8], set: &[Segment; 8]) -> [Segment; 8] {
+    std::array::from_fn(|i| {
+        let segment = recall(now[i], set[i]);
+        if matches!(i, seg::FS | seg::GS) { Segment { base: now[i].base, ..segment } } else { segment }
+    })
+}
+
 /// The eight segments in one list: ES to GS, LDTR, TR.
 pub(super) fn all_segments(s: &CpuState) -> [Segment; 8] {
     let [es, cs, ss, ds, fs, gs] = s.segments;
@@ -239,7 +248,7 @@ mod tests {
             take_regs(&mut back, &regs(&state));
             take_sregs(&mut back, &sregs(&state));
             take_debug(&mut back, &debug(&state));
-            let made: [Segment; 8] = std::array::from_fn(|i| recall(all_segments(&back)[i], all_segments(&state)[i]));
+            let made = recall_all(&all_segments(&back), &all_segments(&state));
             put_segments(&mut back, made);
             prop_assert_eq!(back, state);
         }
@@ -279,5 +288,14 @@ mod tests {
         let kernels = Segment { base: 5, attributes: Segment::UNUSABLE | 0x60, ..none };
         assert_eq!(recall(kernels, none), none);
         assert_eq!(recall(now, none), now, "loaded since");
+    }
+
+    #[test]
+    fn bases_of_fs_and_gs_that_were_written_under_a_null_selector_are_kept() {
+        let null = Segment { selector: 0, base: 0, limit: 0, attributes: Segment::UNUSABLE };
+        let now = [Segment { base: 0x7f00_1234, ..null }; 8];
+        let made = recall_all(&now, &[null; 8]);
+        let expected = [false, false, false, false, true, true, false, false];
+        assert_eq!(made.map(|s| s.base == 0x7f00_1234), expected);
     }
 }

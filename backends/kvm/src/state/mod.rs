@@ -93,7 +93,7 @@ enum Xcr0 {
 
 /// What the last state said, as far as KVM does not say it too.
 struct Held {
-    /// ES to GS, LDTR, TR (see [`convert::recall`]).
+    /// ES to GS, LDTR, TR (see [`convert::recall_all`]).
     segments: [Segment; 8],
     /// XCR0 as set: KVM's where there is one.
     xcr0: u64,
@@ -188,7 +188,7 @@ impl VcpuState {
         convert::take_sregs(&mut s, &at("KVM_GET_SREGS", fd.get_sregs())?);
         convert::take_debug(&mut s, &at("KVM_GET_DEBUGREGS", fd.get_debug_regs())?);
         let (now, set) = (convert::all_segments(&s), self.held.segments);
-        convert::put_segments(&mut s, std::array::from_fn(|i| convert::recall(now[i], set[i])));
+        convert::put_segments(&mut s, convert::recall_all(&now, &set));
         self.get_vectors(fd, shared, &mut s)?;
         events::take_events(&mut s, &events);
         s.activity = activity(mp_state, events.flags & TRIPLE_FAULT != 0 && events.triple_fault.pending != 0);
