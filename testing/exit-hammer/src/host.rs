@@ -8,8 +8,8 @@
 //! main               watches that every vCPU makes progress; says when it is over
 //! ```
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
@@ -42,6 +42,11 @@ pub(crate) struct Statistics {
 struct Shared<'a, P: Partition> {
     machine: &'a Machine<P>,
     over: AtomicBool,
+    /// Shared by vCPUs that run and by who sends messages; held alone while a state is set. As when a machine is
+    /// saved, nothing may reach a vCPU between the reading of its state and the setting.
+    running: RwLock<()>,
+    /// How many threads want to set a state: no vCPU begins to run then.
+    setters: AtomicU32,
     /// The first thing that went wrong.
     wrong: Arc<Mutex<Option<String>>>,
     checker: Mutex<Checker>,
@@ -111,6 +116,8 @@ pub(crate) fn run<B: Backend>(backend: &B, plan: &Plan) -> Result<Statistics> {
     let mut shared = Shared {
         machine: &machine,
         over: AtomicBool::new(false),
+        running: RwLock::new(()),
+        setters: AtomicU32::new(0),
         wrong,
         checker: Mutex::default(),
         statistics: Statistics::default(),
@@ -239,6 +246,19 @@ impl<P: Partition> Shared<'_, P> {
         self.wrong.lock().unwrap_or_else(PoisonError::into_inner).is_some()
     }
 
+    /// Waits until no vCPU runs and nobody sends messages, and keeps it so.
+    fn stand_still(&self) -> RwLockWriteGuard<'_, ()> {
+        self.setters.fetch_add(1, Ordering::SeqCst);
+        loop {
+            if let Ok(alone) = self.running.try_write() {
+                self.setters.fetch_sub(1, Ordering::SeqCst);
+                return alone;
+            }
+            (0..=HAMMERS).for_each(|index| self.machine.stop(index));
+            std::thread::sleep(Duration::from_micros(100));
+        }
+    }
+
     /// A generator of a thread's own.
     fn random(&self, thread: u64) -> Random {
         Random::new(self.seed ^ thread.wrapping_mul(0x9e37_79b9_7f4a_7c15))
@@ -264,7 +284,12 @@ fn drive<P: Partition>(shared: &Shared<'_, P>, guest: &mut Guest<P>) {
     let mut random = shared.random(100 + u64::from(guest.index));
     while !shared.is_over() {
         // Panics when the vCPU does not leave its run although it is kicked all the time.
+        while shared.setters.load(Ordering::SeqCst) > 0 {
+            std::thread::sleep(Duration::from_micros(50));
+        }
+        let running = shared.running.read().unwrap_or_else(PoisonError::into_inner);
         let reason = shared.machine.run(guest);
+        drop(running);
         if reason != HaltReason::Stopped {
             let state = guest.vcpu.state();
             note(&shared.wrong, format!("vCPU {} ended: {reason:?} at {:#x}", guest.index, state.rip));
@@ -278,6 +303,7 @@ fn drive<P: Partition>(shared: &Shared<'_, P>, guest: &mut Guest<P>) {
             }
         }
         if random.below(4) == 0 {
+            let _alone = shared.stand_still();
             let state = guest.vcpu.state();
             if let Err(error) = guest.vcpu.set_state(&state) {
                 note(&shared.wrong, format!("vCPU {} refuses its own state: {error}", guest.index));
@@ -303,6 +329,7 @@ fn send_messages<P: Partition>(shared: &Shared<'_, P>) {
     while !shared.is_over() {
         shared.pause(&mut random, 40);
         let to = random.below(u64::from(HAMMERS));
+        let _running = shared.running.read().unwrap_or_else(PoisonError::into_inner);
         match random.below(4) {
             0 => shared.machine.partition.inject_nmi(to as u32),
             // Lowest priority, logical, to either.
