@@ -35,4 +35,4 @@ pub use accelerator::{BackendKind, Choice, HostFacts, choose};
 pub use console::{ConsoleId, ConsoleOutput};
 pub use driver::{RunEnd, Vm, VmHandle, VmOutputs};
 pub use error::VmError;
-pub use models::{ModelInfo, cpu_models};
+pub use models::{Given, ModelInfo, cpu_models};

@@ -3,34 +3,41 @@
 use atoll_machine::cpu::host::HostCpu;
 use atoll_machine::cpu::model::{CpuModel, MODEL_NAMES, ModelError};
 
+use crate::accelerator::BackendKind;
 use crate::engine::Engine;
 use crate::error::VmError;
 
-/// A CPU model and whether this host can give it.
+/// Whether something can give a model: if not, the features that are missing, comma separated.
+pub type Given = Result<(), String>;
+
+/// A CPU model and what of this host can give it.
 #[derive(Clone, Debug)]
 pub struct ModelInfo {
     /// What `--cpu` takes.
     pub name: &'static str,
     /// What it is, in a few words.
     pub description: &'static str,
-    /// The features that this host lacks, comma separated; `None` when it can give the model.
-    pub missing: Option<String>,
+    /// Whether the software CPU gives it.
+    pub software: Given,
+    /// Whether KVM gives it; `None` where this host has no usable KVM.
+    pub kvm: Option<Given>,
 }
 
-/// Every model, whether or not this host can give it.
+/// Every model, whether or not this host can give it. Opens `/dev/kvm` where there is one.
 pub fn cpu_models() -> Vec<ModelInfo> {
-    MODEL_NAMES
-        .iter()
-        .map(|name| ModelInfo {
-            name,
-            description: description(name),
-            missing: match on_this_host(name, &Engine::Software) {
-                Err(ModelError::Missing { missing, .. }) => Some(missing.to_string()),
-                Err(other) => Some(other.to_string()),
-                Ok(_) => None,
-            },
-        })
-        .collect()
+    let kvm = Engine::open(BackendKind::Kvm).ok();
+    let given = |name, engine: &Engine| match on_this_host(name, engine) {
+        Err(ModelError::Missing { missing, .. }) => Err(missing.to_string()),
+        Err(other) => Err(other.to_string()),
+        Ok(_) => Ok(()),
+    };
+    let info = |name: &&'static str| ModelInfo {
+        name,
+        description: description(name),
+        software: given(name, &Engine::Software),
+        kvm: kvm.as_ref().map(|kvm| given(name, kvm)),
+    };
+    MODEL_NAMES.iter().map(info).collect()
 }
 
 fn description(name: &str) -> &'static str {

@@ -142,8 +142,9 @@ pub(super) mod tests {
         assert_eq!(parse_release(""), (0, 0, String::new()));
     }
 
-    fn model(name: &'static str, missing: Option<&str>) -> ModelInfo {
-        ModelInfo { name, description: "", missing: missing.map(str::to_owned) }
+    fn model(name: &'static str, software: Result<(), &str>, kvm: Option<Result<(), &str>>) -> ModelInfo {
+        let owned = |given: Result<(), &str>| given.map_err(str::to_owned);
+        ModelInfo { name, description: "", software: owned(software), kvm: kvm.map(owned) }
     }
 
     /// A server of one's own, set up as it should be, used by root.
@@ -156,7 +157,7 @@ pub(super) mod tests {
             processor: Processor { model: "Xeon".to_owned(), flags: flags.map(str::to_owned).to_vec() },
             hypervisor: None,
             nested: Some(NestedParameter { module: "kvm_intel", enabled: true }),
-            models: vec![model("atoll-base", None), model("host", None)],
+            models: vec![model("atoll-base", Ok(()), Some(Err("sha"))), model("host", Ok(()), Some(Ok(())))],
             tsc: Tsc { exact_khz: Some(2_595_124), khz: 2_595_000, clocksource: "tsc".to_owned() },
             vulnerabilities: vec![("l1tf".to_owned(), "Not affected".to_owned())],
             memory: Some(HostMemory { total: 64 << 30, available: 60 << 30, limit: None }),
@@ -194,7 +195,7 @@ pub(super) mod tests {
             processor: Processor::default(),
             hypervisor: None,
             nested: None,
-            models: vec![model("atoll-base", Some("avx2, bmi2"))],
+            models: vec![model("atoll-base", Err("avx2, bmi2"), None)],
             tsc: Tsc { exact_khz: None, khz: 2_000_000, clocksource: "hpet".to_owned() },
             vulnerabilities: vec![("mds".to_owned(), "Vulnerable: Clear CPU buffers".to_owned())],
             memory: Some(HostMemory { total: 1 << 30, available: 600 << 20, limit: Some(256 << 20) }),

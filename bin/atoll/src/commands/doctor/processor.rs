@@ -155,23 +155,26 @@ fn hypervisor(facts: &Facts) -> HostCheck {
 fn cpu_models(facts: &Facts) -> HostCheck {
     let about = About("cpu-models", "CPU models");
     let names = |given: bool| {
-        let some = facts.models.iter().filter(|model| model.missing.is_none() == given);
+        let some = facts.models.iter().filter(|model| model.software.is_ok() == given);
         some.map(|model| model.name).collect::<Vec<_>>().join(", ")
     };
     let lacking: Vec<String> = facts
         .models
         .iter()
-        .filter_map(|model| Some(format!("{} (needs {})", model.name, model.missing.as_ref()?)))
+        .filter_map(|model| Some(format!("{} (needs {})", model.name, model.software.as_ref().err()?)))
         .collect();
+    let or_none = |names: String| if names.is_empty() { "none".to_owned() } else { names };
+    let kvm = if facts.models.iter().any(|model| model.kvm.is_some()) {
+        let some = facts.models.iter().filter(|model| matches!(model.kvm, Some(Ok(()))));
+        format!("; on KVM: {}", or_none(some.map(|model| model.name).collect::<Vec<_>>().join(", ")))
+    } else {
+        String::new()
+    };
     if lacking.is_empty() {
-        return about.ok(names(true), "every --cpu is given on the software CPU");
+        return about.ok(format!("{}{kvm}", names(true)), "every --cpu is given on the software CPU");
     }
     about.missing(
-        format!(
-            "not {}; given: {}",
-            lacking.join(", "),
-            if names(true).is_empty() { "none".to_owned() } else { names(true) }
-        ),
+        format!("not {}; given: {}{kvm}", lacking.join(", "), or_none(names(true))),
         format!("--cpu {} is refused: a named model is exact or not given", names(false)),
         "take a model that is given ('atoll cpus'), or a host with a newer processor",
     )
@@ -286,6 +289,8 @@ mod tests {
         assert!(nested(&facts).remedy.unwrap().contains("options kvm_intel nested=1"));
         let models = cpu_models(&bare());
         assert!(models.finding.contains("atoll-base (needs avx2, bmi2)"), "{models:?}");
+        assert!(models.finding.ends_with("given: none"), "no KVM, nothing said of it: {models:?}");
+        assert_eq!(cpu_models(&server()).finding, "atoll-base, host; on KVM: host");
         facts.kernel = (5, 15, "5.15.0".to_owned());
         assert_eq!(kernel(&facts).state, CheckState::Missing);
         facts.kernel = (5, 16, "5.16.0".to_owned());
