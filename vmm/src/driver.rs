@@ -19,6 +19,7 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use atoll_api_types::{OnCrash, VmSpec};
+use atoll_foundation::log_limited;
 use atoll_machine::control::{MachineControl, MachineRequest};
 use atoll_storage::Disk;
 
@@ -380,7 +381,8 @@ impl Driver {
         match self.config.on_crash {
             OnCrash::Exit => Decision::End(RunEnd::Crashed(why)),
             OnCrash::Reset => {
-                tracing::warn!("{why}; resetting the machine");
+                // A guest can crash as often as it likes.
+                log_limited!(warn, "{why}; resetting the machine");
                 Decision::Reset
             }
         }
