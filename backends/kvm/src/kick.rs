@@ -25,15 +25,13 @@ use std::io;
 use std::sync::atomic::{AtomicI32, AtomicU8, AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, Once};
 
-use vmm_sys_util::signal::SIGRTMIN;
-
 /// NMIs that a processor remembers: one in its handler, one latched (Intel SDM vol. 3, 6.7.1).
 const MAX_NMIS: u32 = 2;
 
-/// The real-time signal that kicks.
-pub(crate) fn signal_number() -> i32 {
-    SIGRTMIN() + 1
-}
+/// The signal that kicks. Not a real-time signal: those are queued, and refused when the user's queue (RLIMIT_SIGPENDING)
+/// is full, so that a kick would be lost. Of the others this one is ignored where it has no handler, and nobody uses it
+/// but for sockets with urgent data.
+pub(crate) const SIGNAL: i32 = libc::SIGURG;
 
 /// The byte in the `kvm_run` page that makes `KVM_RUN` return at once.
 pub(crate) struct ImmediateExit(*const AtomicU8);
@@ -122,7 +120,7 @@ impl Kick {
 /// Sends the kick signal to a thread of this process. A thread that ended meanwhile is no error.
 pub(crate) fn send_signal(thread: i32) {
     // SAFETY: a system call without pointers. The handler exists since a thread ran `prepare_thread`.
-    unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, signal_number()) };
+    unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, SIGNAL) };
 }
 
 extern "C" fn ignore(_signal: i32) {}
@@ -144,7 +142,7 @@ fn install_handler() -> io::Result<()> {
     action.sa_sigaction = handler as *const () as libc::sighandler_t;
     action.sa_flags = libc::SA_RESTART;
     // SAFETY: `action` outlives the call; the handler only returns, which any thread may do at any time.
-    let result = unsafe { libc::sigaction(signal_number(), &action, std::ptr::null_mut()) };
+    let result = unsafe { libc::sigaction(SIGNAL, &action, std::ptr::null_mut()) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
@@ -154,7 +152,7 @@ pub(crate) fn set_blocked(blocked: bool) -> io::Result<()> {
     // SAFETY: all zeroes is a valid (empty) set, which outlives the calls.
     let result = unsafe {
         let mut set: libc::sigset_t = std::mem::zeroed();
-        libc::sigaddset(&mut set, signal_number());
+        libc::sigaddset(&mut set, SIGNAL);
         libc::pthread_sigmask(how, &set, std::ptr::null_mut())
     };
     if result == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(result)) }
@@ -186,6 +184,15 @@ mod tests {
         kick.kick();
         kick.detach();
         assert_eq!(byte, 1);
+    }
+
+    #[test]
+    fn a_kick_needs_no_room_in_the_queue_of_signals() {
+        use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+        let before = getrlimit(Resource::Sigpending);
+        setrlimit(Resource::Sigpending, Rlimit { current: Some(0), ..before }).unwrap();
+        a_signal_ends_a_wait_of_the_thread_inside();
+        setrlimit(Resource::Sigpending, before).unwrap();
     }
 
     #[test]

@@ -95,7 +95,7 @@ impl RunPage {
             unsafe {
                 let mut current: libc::sigset_t = std::mem::zeroed();
                 libc::pthread_sigmask(libc::SIG_BLOCK, std::ptr::null(), &mut current);
-                libc::sigdelset(&mut current, kick::signal_number());
+                libc::sigdelset(&mut current, kick::SIGNAL);
                 let bytes = (&raw const current).cast::<[u8; SIGSET_SIZE]>();
                 mask.set = bytes.read();
             }
