@@ -162,6 +162,20 @@ pub(crate) const WAYS: &[Way] = {
     ]
 };
 
+/// Which ways to take, by words of their names that commas separate.
+#[derive(Debug, Clone)]
+pub(crate) struct Choice {
+    pub(crate) only: String,
+    pub(crate) except: Option<String>,
+}
+
+impl Choice {
+    fn has(&self, way: &Way) -> bool {
+        let matches = |words: &str| words.split(',').any(|word| way.name.contains(word));
+        matches(&self.only) && !self.except.as_deref().is_some_and(matches)
+    }
+}
+
 /// The program of vCPU `index` (0 or 1) under construction.
 pub(crate) struct Guest<'a> {
     a: &'a mut Payload,
@@ -172,8 +186,8 @@ pub(crate) struct Guest<'a> {
     way: u32,
 }
 
-/// Assembles the program of the ways whose name contains one of the words in `only`, which commas separate.
-pub(crate) fn program(a: &mut Payload, model: &CpuModel, seed: u64, only: &str) -> Built {
+/// Assembles the program of the chosen ways.
+pub(crate) fn program(a: &mut Payload, model: &CpuModel, seed: u64, choice: &Choice) -> Built {
     let (random, bug) = (a.create_label(), a.create_label());
     let index = a.index;
     let vectors = [
@@ -189,7 +203,7 @@ pub(crate) fn program(a: &mut Payload, model: &CpuModel, seed: u64, only: &str) 
     a.faults(&FAULTS);
     let mut guest = Guest { a, index, random, bug, way: 0 };
     guest.begin(seed)?;
-    let can = |w: &Way| (w.can)(index, model) && only.split(',').any(|o| w.name.contains(o));
+    let can = |w: &Way| (w.can)(index, model) && choice.has(w);
     let ways: Vec<(u32, &Way)> = (0..).zip(WAYS).filter(|(_, w)| can(w)).collect();
     // A vCPU that can take none of the chosen ways idles with one that leaves nothing behind.
     let idle: Vec<_> = (0..).zip(WAYS).filter(|(_, w)| w.name == "control registers").collect();
@@ -1126,4 +1140,22 @@ fn software_interrupt(g: &mut Guest<'_>) -> Emitted {
     g.a.inc(r8)?;
     g.a.cmp(r8, qword_ptr(count_of(g.index, vector::SOFTWARE)))?;
     g.must_be_equal(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(only: &str, except: Option<&str>) -> Vec<&'static str> {
+        let choice = Choice { only: only.to_owned(), except: except.map(str::to_owned) };
+        WAYS.iter().filter(|w| choice.has(w)).map(|w| w.name).collect()
+    }
+
+    #[test]
+    fn ways_are_chosen_by_words_of_their_names() {
+        assert_eq!(names("", None).len(), WAYS.len());
+        assert_eq!(names("legacy,CPUID", None), ["legacy interrupt", "CPUID"]);
+        assert_eq!(names("NMI", Some("host")), ["NMI by IPI"]);
+        assert_eq!(names("", Some("data breakpoint")).len(), WAYS.len() - 1);
+    }
 }

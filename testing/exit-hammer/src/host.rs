@@ -86,8 +86,8 @@ pub(crate) struct Plan {
     pub(crate) whole: Duration,
     /// How long a vCPU may take for one round before it counts as hung.
     pub(crate) round: Duration,
-    /// Only ways whose name contains this.
-    pub(crate) only: String,
+    /// The ways.
+    pub(crate) choice: guest::Choice,
     /// No stops, messages and dirty logs that the guest did not ask for.
     pub(crate) calm: bool,
 }
@@ -104,7 +104,7 @@ pub(crate) fn run<B: Backend>(backend: &B, plan: &Plan) -> Result<Statistics> {
     let mut guests: Vec<_> = (0..HAMMERS)
         .map(|i| {
             machine.long(i, |a| {
-                guest::program(a, &model, plan.seed.wrapping_add(u64::from(i) << 32), &plan.only)
+                guest::program(a, &model, plan.seed.wrapping_add(u64::from(i) << 32), &plan.choice)
             })
         })
         .collect();

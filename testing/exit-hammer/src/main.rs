@@ -37,6 +37,9 @@ struct Arguments {
     /// Only the ways whose name contains one of these words, which commas separate
     #[arg(long, default_value = "")]
     only: String,
+    /// Not the ways whose name contains one of these words, which commas separate
+    #[arg(long)]
+    except: Option<String>,
     /// The host does nothing that the guest did not ask for
     #[arg(long)]
     calm: bool,
@@ -88,7 +91,7 @@ fn hammer(arguments: &Arguments, seed: u64) -> Result<host::Statistics> {
         seed,
         whole: seconds(arguments.seconds),
         round: seconds(arguments.patience),
-        only: arguments.only.clone(),
+        choice: guest::Choice { only: arguments.only.clone(), except: arguments.except.clone() },
         calm: arguments.calm,
     };
     let statistics = match arguments.accel.as_str() {

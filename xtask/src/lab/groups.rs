@@ -62,8 +62,14 @@ fn files_of(tests: &[TestProgram]) -> Vec<(std::path::PathBuf, String)> {
     tests.iter().map(|t| (t.path.clone(), t.inside())).collect()
 }
 
+/// QEMU's emulator does not survive a nested guest's breakpoints: see the lab's README.
+const NOT_IN_THE_LAB: &str = "data breakpoint";
+
 fn hammer_for(stock: &Stock, seconds: u64) -> String {
-    within(seconds + 120, &format!("{HAMMER} --accel {} --seconds {seconds}", stock.accel))
+    within(
+        seconds + 120,
+        &format!("{HAMMER} --accel {} --seconds {seconds} --except \"{NOT_IN_THE_LAB}\"", stock.accel),
+    )
 }
 
 /// The backend's own tests with the conformance suite, and a minute of random exits.

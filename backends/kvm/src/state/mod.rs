@@ -50,7 +50,7 @@ mod xsave;
 use std::io;
 
 use atoll_machine::backend::{BackendError, StateError};
-use atoll_machine::cpu::msr::index as msr;
+use atoll_machine::cpu::msr::{MsrEntry, MsrKind, index as msr};
 use atoll_machine::cpu::state::{Activity, CpuState, PendingEvent, Segment};
 use kvm_bindings::*;
 use kvm_ioctls::VcpuFd;
@@ -192,7 +192,7 @@ impl VcpuState {
         self.get_vectors(fd, shared, &mut s)?;
         events::take_events(&mut s, &events);
         s.activity = activity(mp_state, events.flags & TRIPLE_FAULT != 0 && events.triple_fault.pending != 0);
-        self.get_msrs(fd, &mut s)?;
+        self.get_msrs(fd, shared, &mut s)?;
         s.tsc = shared.time.tsc().wrapping_add(self.time.adjust);
         self.get_lapic(fd, shared, &mut s)?;
         if let Some(standing) = self.held.standing {
@@ -215,7 +215,7 @@ impl VcpuState {
         Ok(())
     }
 
-    fn get_msrs(&self, fd: &VcpuFd, s: &mut CpuState) -> io::Result<()> {
+    fn get_msrs(&self, fd: &VcpuFd, shared: &Shared, s: &mut CpuState) -> io::Result<()> {
         s.msrs = self.bank.saved().map(|(index, value)| (index, value.unwrap_or(0))).collect();
         let kernels: Vec<u32> = self.bank.saved().filter(|(_, v)| v.is_none()).map(|(i, _)| i).collect();
         let values = at("KVM_GET_MSRS", tsc::read_list(fd, &kernels))?;
@@ -226,9 +226,9 @@ impl VcpuState {
                 msr::KVM_WALL_CLOCK if kernels == self.held.wall_clock.1 => self.held.wall_clock.0,
                 // A kernel that does not account for its threads has no value; the bank has it.
                 msr::KVM_STEAL_TIME if kernels == 0 => self.bank.wanted(*index).unwrap_or(0),
-                // It keeps all 64 bits.
+                // It keeps all 64 bits, and so do processors of AMD with SYSENTER's addresses.
                 msr::SFMASK => kernels & 0xffff_ffff,
-                _ => kernels,
+                _ => shared.model.msr(*index).map_or(kernels, |entry| kept(entry, kernels)),
             };
         }
         Ok(())
@@ -406,6 +406,14 @@ fn start_up(fd: &VcpuFd, vector: u8) -> io::Result<()> {
     events.sipi_vector = vector.into();
     at("KVM_SET_VCPU_EVENTS", fd.set_vcpu_events(&events))?;
     at("KVM_SET_MP_STATE", fd.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_SIPI_RECEIVED }))
+}
+
+/// What of a value that the processor let the guest write the model's register keeps.
+fn kept(entry: &MsrEntry, value: u64) -> u64 {
+    match entry.kind {
+        MsrKind::Masked { writable } => value & writable | entry.reset & !writable,
+        _ => value,
+    }
 }
 
 fn xcr0(xcrs: &kvm_xcrs) -> u64 {

@@ -7,7 +7,7 @@ use atoll_machine::backend::{
 };
 use atoll_machine::cpu::host::HostCpu;
 use atoll_machine::cpu::model::{Assurances, CpuModel, Feature, MsrKind};
-use atoll_machine::cpu::msr::index as msr;
+use atoll_machine::cpu::msr::{MsrEntry, index as msr};
 use atoll_machine::cpu::state::{Activity, CpuState};
 use atoll_machine::cpu::topology::Topology;
 use atoll_machine::inputs::InputGate;
@@ -317,4 +317,12 @@ fn a_deadline_does_not_pass_while_the_vcpu_stands() {
     assert_eq!(standing.lapic.tsc_deadline, state.lapic.tsc_deadline);
     assert_eq!(standing.lapic.registers[0x220..0x230], [0; 16], "no interrupt is requested");
     assert_eq!(standing.lapic.registers[0x250..0x254], [0; 4]);
+}
+
+#[test]
+fn values_wider_than_the_models_registers_are_cut() {
+    let entry = |kind| MsrEntry { index: msr::SYSENTER_ESP, reset: 0, kind };
+    let address = 0xffff_fe00_0000_3000;
+    assert_eq!(super::kept(&entry(MsrKind::Masked { writable: 0xffff_ffff }), address), 0x3000);
+    assert_eq!(super::kept(&entry(MsrKind::Canonical), address), address);
 }
