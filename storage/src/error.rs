@@ -151,6 +151,28 @@ pub enum OpenError {
         /// "cannot be locked", with the host's reason.
         reason: String,
     },
+    /// Its structures contradict each other or its format.
+    #[error("disk image {} is corrupt: {reason}; restore it from a copy, or try 'qemu-img check'", show(.path))]
+    Corrupt {
+        /// The image.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// It is intact as far as known and cannot be used.
+    #[error("disk image {} {reason}", show(.path))]
+    Refused {
+        /// The image.
+        path: PathBuf,
+        /// Why, and what to do.
+        reason: String,
+    },
+    /// Its name stands for a raw image and its content for another format.
+    #[error(
+        "disk image {} begins with a qcow2 header but is not named so; say format=qcow2, or format=raw if the guest wrote that",
+        show(.0)
+    )]
+    Ambiguous(PathBuf),
     /// Anything else the host reports.
     #[error("disk image {} cannot be opened: {source}", show(.path))]
     Io {

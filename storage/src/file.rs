@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 
-use atoll_foundation::volatile_io;
+use atoll_foundation::{file_lock, volatile_io};
 use rustix::fs::FallocateFlags;
 use vm_memory::VolatileSlice;
 
@@ -52,6 +52,14 @@ impl HostFile {
                 Err(error) => return Err(error.into()),
             }
         }
+    }
+}
+
+impl Drop for HostFile {
+    /// Gives up the lock that the opening may have. Closing alone would leave it with a process that is just
+    /// being started and has not closed its copy of the descriptor yet.
+    fn drop(&mut self) {
+        let _ = file_lock::unlock(&self.file);
     }
 }
 

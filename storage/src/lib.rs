@@ -3,7 +3,7 @@
 //! ```text
 //!   device (virtio-blk, NVMe, AHCI)      knows requests, rings, guest memory
 //!        |  dyn Disk                     positional transfers, flush, discard, zeroes
-//!   format (raw; more to come)           where a byte of the disk is in the image
+//!   format (raw, qcow2)                  where a byte of the disk is in the image
 //!        |  ImageFile                    positional transfers, sync, holes
 //!   HostFile                             a file or block device of the host
 //! ```
@@ -12,12 +12,15 @@
 //! * [`error`]: [`DiskError`] with a small stable [`DiskErrorKind`] that a device maps to its own status codes;
 //! * [`file`](mod@file): [`ImageFile`], the seam below the formats, and [`HostFile`];
 //! * [`raw`]: the raw format, its locking and its errors when opening;
+//! * [`qcow2`]: the qcow2 format with backing images, checking and mending;
+//! * [`mod@format`]: which of them an image has;
 //! * [`metrics`]: counters of each disk;
 //! * `faulty` (feature `test-utils`): layers for either seam that record a write stream, cut the power at any
 //!   point of it, and fail chosen operations.
 //!
 //! No device, no virtual machine and no guest memory is known here: buffers are `vm_memory` volatile slices.
-//! There is no unsafe code. Locks: only the recording layer has one, and nothing is taken under it.
+//! There is no unsafe code. Locks: the recording layer has one, under which nothing is
+//! taken, and each qcow2 disk has one, under which its file's and its backing disk's are.
 
 #![forbid(unsafe_code)]
 
@@ -26,11 +29,15 @@ pub mod error;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod faulty;
 pub mod file;
+pub mod format;
 pub mod metrics;
+pub mod qcow2;
 pub mod raw;
 
 pub use disk::{Capabilities, DiscardLimits, Disk, WriteZeroesLimits};
 pub use error::{DiskError, DiskErrorKind, OpenError};
 pub use file::{HostFile, ImageFile};
+pub use format::{DiskFormat, open_disk};
 pub use metrics::{DiskMetrics, DiskMetricsSnapshot};
+pub use qcow2::Qcow2Disk;
 pub use raw::{OpenOptions, RawDisk};

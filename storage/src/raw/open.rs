@@ -60,7 +60,8 @@ fn punches_holes(file: &HostFile, file_size: u64) -> bool {
     file_size.checked_next_multiple_of(page).is_some_and(|end| file.punch_hole(end, page).is_ok())
 }
 
-fn open_and_lock(path: &Path, options: OpenOptions) -> Result<(File, Metadata), OpenError> {
+/// Opens and locks an image of any format.
+pub(crate) fn open_and_lock(path: &Path, options: OpenOptions) -> Result<(File, Metadata), OpenError> {
     // Looking before opening: opening a pipe would wait for its other end.
     check_type(path, &std::fs::metadata(path).map_err(|e| open_error(path, options, e))?)?;
     let is_device = |metadata: &Metadata| metadata.file_type().is_block_device();

@@ -1,0 +1,235 @@
+//! The qcow2 format, versions 2 and 3: images that grow as they are written, over other images.
+//!
+//! ```text
+//!   mod          Qcow2Disk: the trait, one lock, counters
+//!   open         host files, locks, the chain of backing images      create   empty images
+//!   write        where a write goes, zeroing, discarding             check    counting anew, mending
+//!   image        where a byte is; the order of writes is told here   snapshot their directory
+//!   refcounts    counting clusters, finding free ones     commit     tables to the disk, in order
+//!   cache        tables in memory        header, layout, compression: the format as such
+//! ```
+//!
+//! Supported: clusters of 512 bytes to 2 MiB, reference counts of 1 to 64 bits, extended L2 entries, zero
+//! clusters, backing images (raw, qcow2), compressed clusters (deflate, zstd; read, and replaced by plain ones
+//! when written), internal snapshots (listed, and preserved when writing). An image with the dirty bit is
+//! repaired when it is opened for writing; one with the corrupt bit can only be read. Autoclear features are
+//! cleared before the first change. Refused by name: encryption, external data files, unknown incompatible
+//! features.
+//!
+//! Every number in an image is checked before it is used, and none sizes an allocation beyond the fixed limits in
+//! `header` and `snapshot`. Damage found when opening refuses the image; found later, it fails the operation
+//! with [`DiskErrorKind::Io`](crate::DiskErrorKind::Io).
+//!
+//! Lock: one mutex around the whole state, held for an operation; the backing image's is taken under it, which
+//! has no cycle because chains have none. Specification: QEMU's `docs/interop/qcow2`.
+
+mod cache;
+mod check;
+mod commit;
+mod compression;
+mod create;
+mod header;
+mod image;
+mod layout;
+mod open;
+mod refcounts;
+mod snapshot;
+mod write;
+
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use vm_memory::VolatileSlice;
+
+use crate::disk::{
+    Capabilities, DiscardLimits, Disk, SECTOR_SIZE, WriteZeroesLimits, check_range, total_len,
+};
+use crate::error::{DiskError, DiskErrorKind, Operation};
+use crate::file::{HostFile, ImageFile};
+use crate::metrics::DiskMetrics;
+
+pub use check::CheckReport;
+pub use create::{CreateOptions, create, format_image};
+pub use header::Compression;
+pub(crate) use header::MAGIC;
+pub use snapshot::Snapshot;
+
+use header::{DIRTY, Header};
+use image::Image;
+
+/// The most one discard covers.
+const MAX_DISCARD_BYTES: u64 = 1 << 30;
+
+/// The most one zeroing covers: data may have to be written.
+const MAX_ZEROES_BYTES: u64 = 32 << 20;
+
+/// A qcow2 image. [`Qcow2Disk::open`] opens one of the host's.
+pub struct Qcow2Disk<F: ImageFile = HostFile> {
+    image: Mutex<Image<F>>,
+    capacity: u64,
+    cluster_size: u64,
+    read_only: bool,
+    snapshots: Vec<Snapshot>,
+    metrics: DiskMetrics,
+}
+
+impl<F: ImageFile> Qcow2Disk<F> {
+    /// A disk over a file of `file_size` bytes that is open and locked as it should be. The image's own name of
+    /// a backing file is not followed: `backing` stands for it.
+    pub fn over(
+        file: F,
+        file_size: u64,
+        read_only: bool,
+        backing: Option<Arc<dyn Disk>>,
+    ) -> io::Result<Self> {
+        let header = Header::read(&file, file_size)?;
+        Self::load(file, header, file_size, read_only, backing, true)
+    }
+
+    fn load(
+        file: F,
+        header: Header,
+        file_size: u64,
+        read_only: bool,
+        backing: Option<Arc<dyn Disk>>,
+        can_punch: bool,
+    ) -> io::Result<Self> {
+        if header.size == 0 {
+            return Err(layout::refused("its disk has no bytes"));
+        }
+        let (snapshots, _) = snapshot::read(&file, &header, file_size)?;
+        let capacity = header.size.next_multiple_of(SECTOR_SIZE);
+        let mut image = Image::load(file, header, file_size, backing)?;
+        image.no_punch_hole = !can_punch;
+        if !read_only {
+            if image.is_marked_corrupt() {
+                return Err(layout::refused(
+                    "it is marked as corrupt; open it read-only, or mend it with 'qemu-img check -r all'",
+                ));
+            }
+            if image.header.incompatible & DIRTY != 0 {
+                image.repair()?;
+            }
+        }
+        // Without trust in the counts of an image that is only read, they do not matter.
+        image.scan(!read_only)?;
+        let cluster_size = image.layout.cluster_size();
+        let image = Mutex::new(image);
+        Ok(Self { image, capacity, cluster_size, read_only, snapshots, metrics: DiskMetrics::default() })
+    }
+
+    /// Its internal snapshots.
+    pub fn snapshots(&self) -> &[Snapshot] {
+        &self.snapshots
+    }
+
+    /// Checks the whole image. What was written so far becomes durable first. Takes as long as reading all
+    /// tables does, and other operations wait.
+    pub fn check(&self) -> io::Result<CheckReport> {
+        let mut image = self.lock();
+        if !self.read_only {
+            image.commit()?;
+        }
+        image.check()
+    }
+
+    /// Like [`Qcow2Disk::check`], and mends reference counts; refuses an image with other damage.
+    pub fn repair(&self) -> io::Result<CheckReport> {
+        if self.read_only {
+            return Err(io::ErrorKind::ReadOnlyFilesystem.into());
+        }
+        let mut image = self.lock();
+        image.commit()?;
+        image.repair()
+    }
+
+    /// A poisoned lock is taken: every operation leaves the state such that all data is where it says.
+    fn lock(&self) -> MutexGuard<'_, Image<F>> {
+        self.image.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// One change of a range, checked, counted, and with its error described.
+    fn change(
+        &self,
+        operation: Operation,
+        offset: u64,
+        len: u64,
+        action: impl FnOnce(&mut Image<F>) -> io::Result<()>,
+    ) -> Result<(), DiskError> {
+        let result = if self.read_only {
+            Err(DiskError::new(DiskErrorKind::ReadOnly, operation, offset, len))
+        } else {
+            check_range(self.capacity, operation, offset, len).and_then(|()| {
+                action(&mut self.lock()).map_err(|error| DiskError::host(error, operation, offset, len))
+            })
+        };
+        self.metrics.count(operation, len, result)
+    }
+}
+
+impl<F: ImageFile> Disk for Qcow2Disk<F> {
+    fn capacity_bytes(&self) -> u64 {
+        self.capacity
+    }
+
+    fn logical_block_size(&self) -> u32 {
+        SECTOR_SIZE as u32
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        let discard = DiscardLimits { granularity: self.cluster_size as u32, max_bytes: MAX_DISCARD_BYTES };
+        let write_zeroes = WriteZeroesLimits { max_bytes: MAX_ZEROES_BYTES, unmap: true };
+        Capabilities {
+            read_only: self.read_only,
+            discard: (!self.read_only).then_some(discard),
+            write_zeroes: (!self.read_only).then_some(write_zeroes),
+        }
+    }
+
+    fn read_at(&self, offset: u64, buffers: &[VolatileSlice<'_>]) -> Result<(), DiskError> {
+        let len = total_len(buffers);
+        let result = check_range(self.capacity, Operation::Read, offset, len).and_then(|()| {
+            let mut image = self.lock();
+            image.read(offset, buffers).map_err(|error| DiskError::host(error, Operation::Read, offset, len))
+        });
+        self.metrics.count(Operation::Read, len, result)
+    }
+
+    fn write_at(&self, offset: u64, buffers: &[VolatileSlice<'_>]) -> Result<(), DiskError> {
+        self.change(Operation::Write, offset, total_len(buffers), |image| image.write(offset, buffers))
+    }
+
+    fn flush(&self) -> Result<(), DiskError> {
+        if self.read_only {
+            return self.metrics.count(Operation::Flush, 0, Ok(()));
+        }
+        let result = self.lock().commit().map_err(|error| DiskError::host(error, Operation::Flush, 0, 0));
+        self.metrics.count(Operation::Flush, 0, result)
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> Result<(), DiskError> {
+        self.change(Operation::Discard, offset, len, |image| image.discard(offset, len))
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<(), DiskError> {
+        self.change(Operation::WriteZeroes, offset, len, |image| image.write_zeroes(offset, len, unmap))
+    }
+
+    fn metrics(&self) -> &DiskMetrics {
+        &self.metrics
+    }
+}
+
+impl<F: ImageFile> Drop for Qcow2Disk<F> {
+    /// Brings what is in memory to the file. Who needs to know whether that worked flushes before.
+    fn drop(&mut self) {
+        let image = self.image.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if !self.read_only && image.prepared {
+            // Counts that go down after the commit may reach the file in any order.
+            let _ = image.commit().and_then(|()| image.write_blocks());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
