@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
 use atoll_backend_conformance::fixture::{Access, Cells, Guest, Machine};
+use atoll_backend_conformance::payload::fault_of;
 use atoll_machine::backend::{Backend, HaltReason, Partition, Vcpu};
 use atoll_machine::cpu::state::{Activity, CpuState};
 use atoll_machine::interrupt::Msi;
@@ -291,8 +292,15 @@ fn drive<P: Partition>(shared: &Shared<'_, P>, guest: &mut Guest<P>) {
         let reason = shared.machine.run(guest);
         drop(running);
         if reason != HaltReason::Stopped {
-            let state = guest.vcpu.state();
-            note(&shared.wrong, format!("vCPU {} ended: {reason:?} at {:#x}", guest.index, state.rip));
+            let (index, machine) = (guest.index, shared.machine);
+            // The third vCPU counts nothing: its words are zero.
+            let [way, fault] = [place::current(index), fault_of(index)].map(|at| machine.u64_at(at));
+            let [code, rip, address] = [8, 16, 24].map(|by| machine.u64_at(fault_of(index) + by));
+            let text = format!(
+                "vCPU {index}, {}: {reason:?}; the last fault was {fault} ({code:#x}) at {rip:#x}, CR2 {address:#x}",
+                way_name(way)
+            );
+            note(&shared.wrong, text);
             return;
         }
         shared.statistics.stops.fetch_add(1, Ordering::Relaxed);

@@ -56,7 +56,7 @@ while [ $n -lt $rounds ]; do
   last=$now wall=$date n=$(( n + 1 ))
   echo "OK $n"
 done
-dmesg | grep -E 'BUG:|WARNING: CPU|soft lockup|stall|nstable|I/O error|timed out|Marking clock' | sed 's/^/FAILED /'
+dmesg | grep -E 'BUG:|WARNING: CPU|soft lockup|stall|Marking TSC|Marking clock|I/O error|timed out' | sed 's/^/FAILED /'
 echo "DONE $n"
 poweroff -f
 "#;

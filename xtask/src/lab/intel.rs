@@ -43,7 +43,16 @@ mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev; m
 for m in irqbypass kvm kvm_intel; do [ ! -f /m/$m.ko ] || insmod /m/$m.ko || echo "lab: insmod $m failed"; done
 echo "lab: ept $(cat /sys/module/kvm_intel/parameters/ept)"
 failed=0
-for t in /tests/*; do echo "lab: $t"; $t --test-threads=1 --show-output || failed=1; done
+for t in /tests/*; do
+  echo "lab: $t"
+  case $t in
+    # One area at a time, so that a hang has a name and the others still run.
+    *conformance) for a in io memory registers modes interrupts dirty lifecycle smp moving timers; do
+      echo "lab: $a"; ATOLL_CONFORMANCE=$a:: timeout -s KILL 300 $t --test-threads=1 --show-output || failed=1
+    done ;;
+    *) timeout -s KILL 300 $t --test-threads=1 --show-output || failed=1 ;;
+  esac
+done
 dmesg | grep -E 'BU[G]:|WARNIN[G]:|kvm.*unhandled' | head -n 20 | sed 's/^/lab: dmesg /'
 echo "LAB-EXIT $failed"
 poweroff -f
@@ -148,7 +157,7 @@ fn initrd(modules_dir: &Path, tests: &[TestProgram]) -> Result<Vec<u8>> {
     archive.character_device("dev/console", 0o600, 5, 1);
     let load = |path: &Path| std::fs::read(path).with_context(|| format!("cannot read {}", path.display()));
     archive.file("bin/busybox", 0o755, &load(&kernel::busybox(&Cache::open()?, &mut Lines)?)?);
-    for name in ["sh", "mount", "insmod", "cat", "dmesg", "grep", "head", "sed", "poweroff"] {
+    for name in ["sh", "mount", "insmod", "cat", "dmesg", "grep", "head", "sed", "timeout", "poweroff"] {
         archive.symlink(&format!("bin/{name}"), "busybox");
     }
     for module in modules::closure(modules_dir, &["kvm_intel"])? {
