@@ -17,5 +17,6 @@ pub use memory::{HugePages, MemoryOptions, MemorySpec, ParseMemoryError};
 pub use size::{ByteSize, ParseSizeError};
 pub use topology::{CpuTopology, ParseTopologyError};
 pub use vm_spec::{
-    Accelerator, BootSpec, DEFAULT_CPU, DEFAULT_MEMORY, DiskSpec, OnCrash, ParseDiskError, VmSpec,
+    Accelerator, BootSpec, DEFAULT_CPU, DEFAULT_MEMORY, DiskImageFormat, DiskSpec, OnCrash, ParseDiskError,
+    VmSpec,
 };

@@ -40,16 +40,31 @@ pub struct DiskSpec {
     /// The guest may not write.
     #[serde(default)]
     pub readonly: bool,
+    /// Format of the image; without it, the name decides: `.qcow2`, else raw.
+    #[serde(default)]
+    pub format: Option<DiskImageFormat>,
+}
+
+/// A format of disk images.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DiskImageFormat {
+    /// Byte N of the disk is byte N of the image.
+    Raw,
+    /// QEMU's copy-on-write format, versions 2 and 3.
+    Qcow2,
 }
 
 /// Text that does not describe a disk.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ParseDiskError {
     /// No path.
-    #[error("'{0}' names no image; write PATH or PATH,readonly")]
+    #[error("'{0}' names no image; write PATH, or PATH with options such as PATH,readonly")]
     NoPath(String),
     /// An option nobody knows.
-    #[error("unknown disk option '{option}' in '{text}'; the options are: readonly")]
+    #[error(
+        "unknown disk option '{option}' in '{text}'; the options are: readonly, format=raw, format=qcow2"
+    )]
     UnknownOption {
         /// The option.
         option: String,
@@ -61,7 +76,7 @@ pub enum ParseDiskError {
 impl FromStr for DiskSpec {
     type Err = ParseDiskError;
 
-    /// `PATH[,readonly]`. A comma in a path is written twice.
+    /// `PATH[,readonly][,format=raw|qcow2]`. A comma in a path is written twice.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let protected = text.replace(",,", "\0");
         let mut parts = protected.split(',');
@@ -69,10 +84,12 @@ impl FromStr for DiskSpec {
         if path.is_empty() {
             return Err(ParseDiskError::NoPath(text.to_owned()));
         }
-        let mut disk = Self { path: path.into(), readonly: false };
+        let mut disk = Self { path: path.into(), readonly: false, format: None };
         for option in parts {
             match option {
                 "readonly" => disk.readonly = true,
+                "format=raw" => disk.format = Some(DiskImageFormat::Raw),
+                "format=qcow2" => disk.format = Some(DiskImageFormat::Qcow2),
                 _ => {
                     let option = option.replace('\0', ",");
                     return Err(ParseDiskError::UnknownOption { option, text: text.to_owned() });
@@ -176,9 +193,12 @@ mod tests {
     #[test]
     fn disks_are_read_as_the_command_line_writes_them() {
         let disk: DiskSpec = "a.img".parse().unwrap();
-        assert_eq!(disk, DiskSpec { path: "a.img".into(), readonly: false });
+        assert_eq!(disk, DiskSpec { path: "a.img".into(), readonly: false, format: None });
         let disk: DiskSpec = "odd,,name.img,readonly".parse().unwrap();
-        assert_eq!(disk, DiskSpec { path: "odd,name.img".into(), readonly: true });
+        assert_eq!(disk, DiskSpec { path: "odd,name.img".into(), readonly: true, format: None });
+        let disk: DiskSpec = "a.img,format=qcow2".parse().unwrap();
+        assert_eq!(disk.format, Some(DiskImageFormat::Qcow2));
+        assert!("a,format=vmdk".parse::<DiskSpec>().is_err());
         assert!(matches!("".parse::<DiskSpec>(), Err(ParseDiskError::NoPath(_))));
         assert!(matches!("a,fast".parse::<DiskSpec>(), Err(ParseDiskError::UnknownOption { .. })));
     }

@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use atoll_api_types::{ByteSize, OnCrash, VmSpec};
+use atoll_api_types::{ByteSize, DiskImageFormat, OnCrash, VmSpec};
 use atoll_firmware::layout::{self, AddressMap};
 use atoll_machine::cpu::topology::{MAX_CPUS, Topology};
 use atoll_machine::memory::RamBlock;
-use atoll_storage::{Disk, OpenOptions, RawDisk};
+use atoll_storage::{Disk, DiskFormat, OpenOptions};
 
 use crate::accelerator::{self, Choice, HostFacts};
 use crate::boot_files::BootFiles;
@@ -158,8 +158,13 @@ fn check_host_memory(memory: ByteSize) -> Result<(), VmError> {
 
 fn open_disk((index, spec): (usize, &atoll_api_types::DiskSpec)) -> Result<DiskConfig, VmError> {
     let options = OpenOptions { read_only: spec.readonly };
-    let disk = RawDisk::open(&spec.path, options).map_err(|e| VmError::Disk(e.to_string()))?;
-    Ok(DiskConfig { disk: Arc::new(disk), serial: format!("disk{index}") })
+    let format = spec.format.map(|format| match format {
+        DiskImageFormat::Raw => DiskFormat::Raw,
+        DiskImageFormat::Qcow2 => DiskFormat::Qcow2,
+    });
+    let disk =
+        atoll_storage::open_disk(&spec.path, options, format).map_err(|e| VmError::Disk(e.to_string()))?;
+    Ok(DiskConfig { disk, serial: format!("disk{index}") })
 }
 
 /// A stable UUID (version 8, RFC 9562) made from the machine's name, so that a guest sees the same machine

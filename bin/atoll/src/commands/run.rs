@@ -35,7 +35,7 @@ Exit codes: 0 powered off, or rebooted with --no-reboot; 1 the host failed;
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// First disk of the machine: a raw image or a block device; needs --kernel
+    /// First disk of the machine: an image (raw, .qcow2) or a block device; needs --kernel
     image: Option<DiskSpec>,
 
     /// Kernel to start: Linux bzImage, PVH or plain ELF, Multiboot 1
@@ -54,7 +54,7 @@ pub(crate) struct Args {
     /// RAM: SIZE[,hugepages=2M|1G|transparent|off][,lock][,prefault][,numa=NODE]
     #[arg(long, value_name = "MEMORY", default_value = "512M", help_heading = "Machine")]
     memory: MemorySpec,
-    /// Disk: PATH[,readonly]; may be given several times
+    /// Disk: PATH[,readonly][,format=raw|qcow2]; may be given several times
     #[arg(long = "disk", value_name = "DISK", help_heading = "Machine")]
     disks: Vec<DiskSpec>,
     /// CPU model; `atoll cpus` lists them

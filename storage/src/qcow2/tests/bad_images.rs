@@ -16,7 +16,7 @@ fn small() -> CreateOptions {
 fn refusal(damage: impl FnOnce(&mut Vec<u8>)) -> String {
     let (file, size) = memory_image(&small());
     let disk = open(file.clone(), size, None);
-    write_bytes(&disk, 0, &[7; 64 << 10]).unwrap();
+    write_bytes(&disk, 0, &vec![7; 64 << 10]).unwrap();
     drop(disk);
     let mut bytes = file.content();
     damage(&mut bytes);
@@ -88,7 +88,7 @@ fn a_cluster_counted_as_free_is_refused_and_a_dirty_image_is_mended() {
     assert!(refusal(wrong_count).contains("counted as free"));
     let (file, size) = memory_image(&small());
     let disk = open(file.clone(), size, None);
-    write_bytes(&disk, 0, &[7; 64 << 10]).unwrap();
+    write_bytes(&disk, 0, &vec![7; 64 << 10]).unwrap();
     drop(disk);
     let mut bytes = file.content();
     wrong_count(&mut bytes);
