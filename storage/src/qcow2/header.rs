@@ -1,7 +1,7 @@
 //! The header, its extensions and its feature bits.
 //!
 //! Every number in it is checked here, once, so that the rest may compute with them without overflow.
-//! Specification: "Header", "Header extensions" in QEMU's the qcow2 specification of QEMU.
+//! Specification: "Header", "Header extensions" in QEMU's qcow2 specification.
 
 use std::io;
 

@@ -3,7 +3,7 @@
 //! A guest cluster is looked at in pieces that can be allocated by themselves: the 32 subclusters of an extended
 //! entry, or the cluster as its own single piece. Everything above this module works on [`Mapping`] and needs
 //! not know which of the two an image has. Specification: "Cluster mapping" and "Extended L2 Entries" in
-//! QEMU's the qcow2 specification of QEMU.
+//! QEMU's qcow2 specification.
 
 use std::io;
 

@@ -21,7 +21,7 @@
 //! with [`DiskErrorKind::Io`](crate::DiskErrorKind::Io).
 //!
 //! Lock: one mutex around the whole state, held for an operation; the backing image's is taken under it, which
-//! has no cycle because chains have none. Specification: QEMU's the qcow2 specification of QEMU.
+//! has no cycle because chains have none. Specification: QEMU's qcow2 specification.
 
 mod cache;
 mod check;
