@@ -13,6 +13,9 @@
 //! So one that KVM reports is left out: the instruction executes again, as if it had not begun. One that a state
 //! brings is delivered like an external interrupt: RIP is the return address, and privilege was checked.
 //!
+//! An NMI in delivery blocks others when it arrives. Intel's processors refuse to enter with both an NMI in delivery and
+//! NMIs blocked, so only the former is handed over.
+//!
 //! KVM takes a shadow and an event together, but processors refuse to enter with both. An event that is in delivery
 //! ends the shadow, so only the event is handed over.
 
@@ -51,7 +54,8 @@ pub(super) fn events(s: &CpuState, abilities: Abilities) -> kvm_vcpu_events {
         e.flags |= KVM_VCPUEVENT_VALID_TRIPLE_FAULT;
     }
     e.nmi.pending = s.nmi_pending.into();
-    e.nmi.masked = s.nmi_blocked.into();
+    let nmi_arrives = s.pending_event.is_some_and(|event| event.kind == EventKind::Nmi);
+    e.nmi.masked = (s.nmi_blocked && !nmi_arrives).into();
     match s.pending_event {
         Some(PendingEvent { kind: EventKind::Exception, vector, error_code }) => {
             e.exception.injected = 1;
@@ -129,6 +133,7 @@ mod tests {
             [before.nmi_pending, before.nmi_blocked, before.interrupt_shadow, _] = bits;
             before.rflags |= u64::from(bits[3]) << 9;
             before.interrupt_shadow &= event.is_none();
+            before.nmi_blocked &= event.is_none_or(|event| event.kind != EventKind::Nmi);
             let mut back = CpuState { rflags: before.rflags, ..state() };
             take_events(&mut back, &events(&before, BOTH));
             prop_assert_eq!(back, before);
@@ -155,6 +160,13 @@ mod tests {
         let event = PendingEvent { vector: 32, kind: EventKind::ExternalInterrupt, error_code: None };
         let both = CpuState { pending_event: Some(event), ..by_sti };
         assert_eq!(events(&both, BOTH).interrupt.shadow, 0);
+    }
+
+    #[test]
+    fn an_nmi_in_delivery_is_not_handed_over_with_nmis_blocked() {
+        let event = PendingEvent { vector: 2, kind: EventKind::Nmi, error_code: None };
+        let e = events(&CpuState { pending_event: Some(event), nmi_blocked: true, ..state() }, BOTH);
+        assert_eq!((e.nmi.injected, e.nmi.masked), (1, 0));
     }
 
     #[test]

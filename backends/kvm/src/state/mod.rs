@@ -115,6 +115,7 @@ struct Standing {
     /// Only after a state was set: what it said of these, KVM having another form or none.
     event: Option<PendingEvent>,
     shadow: bool,
+    nmi_blocked: bool,
     sipi: Option<u8>,
     /// Page-directory pointers are to be read again: memory may have come after the state.
     pdptes: bool,
@@ -198,6 +199,7 @@ impl VcpuState {
         if let Some(standing) = self.held.standing {
             s.pending_event = standing.event.or(s.pending_event);
             s.interrupt_shadow |= standing.shadow;
+            s.nmi_blocked |= standing.nmi_blocked;
             s.sipi_vector = standing.sipi.filter(|_| s.activity == Activity::WaitForSipi);
         }
         Ok(s)
@@ -292,6 +294,7 @@ impl VcpuState {
             deadline: s.lapic.tsc_deadline,
             event: s.pending_event,
             shadow: s.interrupt_shadow,
+            nmi_blocked: s.nmi_blocked,
             sipi: s.sipi_vector,
             pdptes: convert::has_pdptes(s),
         });
