@@ -51,10 +51,8 @@ fn lost_sectors(found: &[u8], marks: &[u64], states: &[Vec<u8>]) -> Vec<usize> {
     (0..found.len() / 512)
         .filter(|sector| {
             let range = sector * 512..sector * 512 + 512;
-            let zero = found[range.clone()].iter().all(|byte| *byte == 0);
-            // A discard in between may have zeroed it for a time; its model says what it came to.
             let held = states[first..=last].iter().any(|state| state[range.clone()] == found[range.clone()]);
-            !held && !zero
+            !held
         })
         .collect()
 }
