@@ -66,7 +66,6 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
             !step("build", &mut || run_command(&mut cargo(&["build", "--release", "--package", "atoll"])));
         if built {
             step("guests boot", &mut || boot::run(&boot::Arguments::short()));
-            step("KVM in the lab", &mut || lab::run(&lab::Arguments::short()));
         }
         if arguments.long {
             long_lane(arguments, built, &mut step);
@@ -101,6 +100,8 @@ fn long_lane(arguments: &Arguments, built: bool, step: &mut Step<'_>) {
     if built {
         step("every kernel and a whole Debian", &mut || boot::run(&boot::Arguments::long()));
     }
+    // Longer than the five minutes that every change can wait: a processor is emulated.
+    step("KVM in the lab", &mut || lab::run(&lab::Arguments::short()));
     step("KVM in the lab, at length", &mut || lab::run(&lab::Arguments::long()));
     step("KVM on Intel's virtualization", &mut || lab::run(&lab::Arguments::intel()));
     step("fuzz", &mut || fuzz::run(&fuzz::Arguments::all(arguments.fuzz_seconds)));

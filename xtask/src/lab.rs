@@ -47,12 +47,12 @@ pub(crate) struct Arguments {
 }
 
 impl Arguments {
-    /// The lane of every `ci`.
+    /// The groups without `--long`.
     pub(crate) fn short() -> Self {
         Self { long: false, intel: false, start: false, accel: "kvm".to_owned(), rounds: 51, filter: None }
     }
 
-    /// What `ci --long` has beyond [`Arguments::short`].
+    /// The groups with `--long`.
     pub(crate) fn long() -> Self {
         Self { long: true, ..Self::short() }
     }
