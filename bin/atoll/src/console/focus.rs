@@ -29,6 +29,17 @@ enum State {
     ByHand(ConsoleId),
 }
 
+impl State {
+    /// Where the keys go.
+    fn console(self) -> ConsoleId {
+        match self {
+            Self::Serial | Self::Answered => ConsoleId::Serial,
+            Self::Virtio => ConsoleId::Virtio,
+            Self::ByHand(console) => console,
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Inner {
     state: State,
@@ -49,15 +60,6 @@ impl Focus {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Where the next key goes.
-    pub(super) fn console(&self) -> ConsoleId {
-        match self.lock().state {
-            State::Serial | State::Answered => ConsoleId::Serial,
-            State::Virtio => ConsoleId::Virtio,
-            State::ByHand(console) => console,
-        }
-    }
-
     /// Console `id` printed `data`.
     pub(super) fn printed(&self, id: ConsoleId, data: &[u8]) {
         let Some(last) = data.last() else { return };
@@ -71,22 +73,21 @@ impl Focus {
 
     /// Something is typed. Returns where it goes.
     pub(super) fn typed(&self) -> ConsoleId {
-        {
-            let mut inner = self.lock();
-            if inner.state == State::Serial && inner.asks {
-                inner.state = State::Answered;
-            }
+        let mut inner = self.lock();
+        if inner.state == State::Serial && inner.asks {
+            inner.state = State::Answered;
         }
-        self.console()
+        inner.state.console()
     }
 
     /// Goes to the other console; returns its name.
     pub(super) fn switch(&self) -> &'static str {
-        let (other, name) = match self.console() {
+        let mut inner = self.lock();
+        let (other, name) = match inner.state.console() {
             ConsoleId::Serial => (ConsoleId::Virtio, "virtio console (hvc0)"),
             ConsoleId::Virtio => (ConsoleId::Serial, "serial console (ttyS0)"),
         };
-        self.lock().state = State::ByHand(other);
+        inner.state = State::ByHand(other);
         name
     }
 
@@ -146,9 +147,9 @@ mod tests {
         focus.printed(Serial, b"login: ");
         assert_eq!(focus.typed(), Virtio);
         focus.rebooted();
-        assert_eq!(focus.console(), Virtio);
+        assert_eq!(focus.typed(), Virtio);
         focus.switch();
         focus.printed(Virtio, b"x");
-        assert_eq!(focus.console(), Serial);
+        assert_eq!(focus.typed(), Serial);
     }
 }
