@@ -83,11 +83,10 @@ struct BootFile {
 impl BootFile {
     fn open(what: &'static str, path: &Path, max: u64) -> Result<Self, VmError> {
         let wrong = |why: String| VmError::File { what, path: path.to_owned(), why };
-        let meta = std::fs::metadata(path).map_err(|e| wrong(explain(&e)))?;
-        if meta.is_dir() {
+        let file = File::open(path).map_err(|e| wrong(explain(&e)))?;
+        if file.metadata().is_ok_and(|meta| meta.is_dir()) {
             return Err(wrong("is a directory; expected a file".to_owned()));
         }
-        let file = File::open(path).map_err(|e| wrong(explain(&e)))?;
         Ok(Self { what, path: path.to_owned(), file, max })
     }
 
