@@ -11,6 +11,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Mutex;
 
+use atoll_foundation::host::processor::Processor;
 use atoll_machine::backend::BackendError;
 use atoll_machine::cpu::assurances::Assurances;
 use atoll_machine::cpu::host::{BackendFeatures, CpuidResult, HostCpu};
@@ -56,7 +57,8 @@ pub(crate) struct Capabilities {
     pub(crate) tsc_control: bool,
     /// XCR0 can be read and set.
     pub(crate) xcrs: bool,
-    /// Most entries of a dirty ring, if there are dirty rings.
+    /// Most entries of a dirty ring, if there are dirty rings that hold: a KVM without the processor's virtualization
+    /// does not look at them often enough (see `memory`).
     pub(crate) dirty_ring: Option<u32>,
     /// Size in bytes of the area that KVM_GET_XSAVE2 fills.
     pub(crate) xsave2_size: usize,
@@ -84,7 +86,7 @@ impl Capabilities {
         Self {
             tsc_control: has(KVM_CAP_TSC_CONTROL),
             xcrs: has(KVM_CAP_XCRS),
-            dirty_ring: (ring > 0).then_some(ring),
+            dirty_ring: (ring > 0 && virtualizes()).then_some(ring),
             xsave2_size: (value(KVM_CAP_XSAVE2) as usize).max(size_of::<kvm_xsave>()),
             tsc_deadline: has(KVM_CAP_TSC_DEADLINE_TIMER),
             exception_payload: has(KVM_CAP_EXCEPTION_PAYLOAD),
@@ -94,6 +96,11 @@ impl Capabilities {
             max_vcpu_id: value(KVM_CAP_MAX_VCPU_ID).max(1),
         }
     }
+}
+
+/// Whether guests are executed by the processor's own virtualization.
+pub(crate) fn virtualizes() -> bool {
+    Processor::read().unwrap_or_default().virtualization().is_some()
 }
 
 /// An open `/dev/kvm`.

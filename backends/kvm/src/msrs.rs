@@ -22,11 +22,13 @@
 //!
 //! A register of the first group that the kernel refuses (its processor lacks it) is kept here too.
 
+use std::io;
 use std::sync::Arc;
 
 use atoll_machine::backend::BackendError;
 use atoll_machine::cpu::model::{CpuModel, MsrEntry, MsrKind};
 use atoll_machine::cpu::msr::index as msr;
+use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::{MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VcpuFd, VmFd};
 
 use crate::host::host;
@@ -137,8 +139,8 @@ impl Bank {
         let readable: Vec<u32> =
             wanted.into_iter().filter(|i| model.msr(*i).is_some_and(MsrEntry::readable)).collect();
         // One request tells it all where the host lacks nothing.
-        let all = crate::tsc::read_list(fd, &readable).is_ok();
-        Self::new(model, |index| all || crate::tsc::read(fd, [index]).is_ok())
+        let all = read_list(fd, &readable).is_ok();
+        Self::new(model, |index| all || read(fd, [index]).is_ok())
     }
 
     fn slot(&self, index: u32) -> Option<&Slot> {
@@ -204,6 +206,39 @@ impl Bank {
             }
             Err(_) => false,
         }
+    }
+}
+
+/// Reads registers; an error if the kernel does not give them all.
+pub(crate) fn read_list(fd: &VcpuFd, indices: &[u32]) -> io::Result<Vec<u64>> {
+    let entries: Vec<_> =
+        indices.iter().map(|&index| kvm_msr_entry { index, ..Default::default() }).collect();
+    let mut list = Msrs::from_entries(&entries).map_err(|e| io::Error::other(format!("{e:?}")))?;
+    let count = fd.get_msrs(&mut list)?;
+    match indices.get(count) {
+        Some(index) => Err(io::Error::other(format!("the kernel does not have register {index:#x}"))),
+        None => Ok(list.as_slice().iter().map(|entry| entry.data).collect()),
+    }
+}
+
+/// As [`read_list`].
+pub(crate) fn read<const N: usize>(fd: &VcpuFd, indices: [u32; N]) -> io::Result<[u64; N]> {
+    read_list(fd, &indices)?
+        .try_into()
+        .map_err(|_| io::Error::other("the kernel gave another number of registers"))
+}
+
+/// Writes registers. An error names the first that the kernel does not take.
+pub(crate) fn write_list(fd: &VcpuFd, registers: &[(u32, u64)]) -> io::Result<()> {
+    let entry = |&(index, data): &(u32, u64)| kvm_msr_entry { index, data, ..Default::default() };
+    let entries: Vec<_> = registers.iter().map(entry).collect();
+    let list = Msrs::from_entries(&entries).map_err(|e| io::Error::other(format!("{e:?}")))?;
+    let count = fd.set_msrs(&list)?;
+    match registers.get(count) {
+        Some((index, value)) => {
+            Err(io::Error::other(format!("register {index:#x} does not take {value:#x} on this host")))
+        }
+        None => Ok(()),
     }
 }
 

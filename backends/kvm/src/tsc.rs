@@ -24,10 +24,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use atoll_machine::backend::BackendError;
 use atoll_machine::cpu::msr::index as msr;
 use atoll_machine::time::{Clock, nanos_to_tsc, tsc_to_nanos};
-use kvm_bindings::{Msrs, kvm_clock_data, kvm_msr_entry};
+use kvm_bindings::kvm_clock_data;
 use kvm_ioctls::{VcpuFd, VmFd};
 
 use crate::host::KvmHost;
+use crate::msrs;
 use crate::state::ioctls;
 
 /// Frequencies as near as this count as equal, in parts per million: what a guest's own clock discipline absorbs,
@@ -242,7 +243,7 @@ impl TimeBase {
         for _ in 0..READINGS {
             let before = self.clock.tsc();
             let host = match added {
-                Some(offset) => read(fd, [msr::TSC])?[0].wrapping_sub(offset),
+                Some(offset) => msrs::read(fd, [msr::TSC])?[0].wrapping_sub(offset),
                 None => ioctls::host_tsc(),
             };
             let took = self.clock.tsc().wrapping_sub(before);
@@ -279,39 +280,6 @@ fn apply(base: &Base, fd: &VcpuFd, vcpu: &mut VcpuTime) -> io::Result<()> {
     }
     vcpu.set = Some(wanted);
     Ok(())
-}
-
-/// Reads registers; an error if the kernel does not give them all.
-pub(crate) fn read_list(fd: &VcpuFd, indices: &[u32]) -> io::Result<Vec<u64>> {
-    let entries: Vec<_> =
-        indices.iter().map(|&index| kvm_msr_entry { index, ..Default::default() }).collect();
-    let mut list = Msrs::from_entries(&entries).map_err(|e| io::Error::other(format!("{e:?}")))?;
-    let count = fd.get_msrs(&mut list)?;
-    match indices.get(count) {
-        Some(index) => Err(io::Error::other(format!("the kernel does not have register {index:#x}"))),
-        None => Ok(list.as_slice().iter().map(|entry| entry.data).collect()),
-    }
-}
-
-/// As [`read_list`].
-pub(crate) fn read<const N: usize>(fd: &VcpuFd, indices: [u32; N]) -> io::Result<[u64; N]> {
-    read_list(fd, &indices)?
-        .try_into()
-        .map_err(|_| io::Error::other("the kernel gave another number of registers"))
-}
-
-/// Writes registers. An error names the first that the kernel does not take.
-pub(crate) fn write_list(fd: &VcpuFd, registers: &[(u32, u64)]) -> io::Result<()> {
-    let entry = |&(index, data): &(u32, u64)| kvm_msr_entry { index, data, ..Default::default() };
-    let entries: Vec<_> = registers.iter().map(entry).collect();
-    let list = Msrs::from_entries(&entries).map_err(|e| io::Error::other(format!("{e:?}")))?;
-    let count = fd.set_msrs(&list)?;
-    match registers.get(count) {
-        Some((index, value)) => {
-            Err(io::Error::other(format!("register {index:#x} does not take {value:#x} on this host")))
-        }
-        None => Ok(()),
-    }
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 //! `ATOLL_CONFORMANCE=interrupts::` runs only the cases whose name contains it.
 
 use atoll_backend_conformance::run_matching;
+use atoll_foundation::host::processor::Processor;
 use atoll_kvm::KvmBackend;
 
 /// Cases that no KVM can pass.
@@ -48,13 +49,6 @@ fn emulated_by_qemu() -> bool {
     std::arch::x86_64::__cpuid(1).ecx >> 31 & 1 != 0 && signature.ebx.to_le_bytes() == *b"TCGT"
 }
 
-/// Whether the processor virtualizes; without it `/dev/kvm` is software.
-fn virtualizes() -> bool {
-    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let flags = text.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
-    flags.split_whitespace().any(|flag| flag == "vmx" || flag == "svm")
-}
-
 #[test]
 fn kvm_conforms() {
     let backend = match KvmBackend::open() {
@@ -62,7 +56,8 @@ fn kvm_conforms() {
         Err(error) => return println!("skipped: {error}"),
     };
     let mut skip = KVM.to_vec();
-    if !virtualizes() {
+    // Without the processor's virtualization `/dev/kvm` is software.
+    if Processor::read().unwrap_or_default().virtualization().is_none() {
         skip.extend(EMULATED);
     }
     if emulated_by_qemu() {

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use atoll_api_types::{Accelerator, ByteSize, VmSpec};
 use atoll_guests::{Cache, GuestKernel, Quiet, initramfs, kernel};
 use atoll_storage::{Disk, OpenOptions, RawDisk};
-use atoll_vmm::{BackendKind, RunEnd};
+use atoll_vmm::{BackendKind, HostFacts, RunEnd};
 use support::{Running, spec};
 
 /// A guest says something at least this often, on a busy host too.
@@ -90,9 +90,8 @@ fn guest(directory: &Path, cpus: u32, rounds: u32) -> Option<(VmSpec, Arc<dyn Di
 
 /// Whether a processor that virtualizes is behind `/dev/kvm`: elsewhere an unmodified Linux does not run on it.
 fn has_virtualization() -> bool {
-    let flags = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let virtualizes = flags.split_whitespace().any(|w| w == "svm" || w == "vmx");
-    virtualizes && Path::new("/dev/kvm").exists()
+    let host = HostFacts::gather();
+    host.virtualization.is_some() && host.kvm.is_usable()
 }
 
 /// Boots on KVM, moves the machine to the other backend and back `moves` times in all, then lets it end after its

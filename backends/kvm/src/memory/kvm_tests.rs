@@ -7,6 +7,7 @@ use atoll_machine::memory::{DirtyReader, PAGE_SIZE};
 use kvm_ioctls::{Kvm, VcpuExit};
 
 use super::*;
+use crate::host::virtualizes;
 
 const P: u64 = PAGE_SIZE;
 /// RAM of the guest, in pages: 8 MiB. Code is in page 1.

@@ -124,7 +124,7 @@ impl Slots {
         space: Arc<AddressSpace>,
         caps: &Capabilities,
     ) -> Result<Arc<Self>, BackendError> {
-        let entries = caps.dirty_ring.filter(|_| virtualizes()).map(|max| max.min(RING_ENTRIES));
+        let entries = caps.dirty_ring.map(|max| max.min(RING_ENTRIES));
         let (kernel, entries) = Kernel::new(vm, entries);
         Self::with_host(Box::new(kernel), entries, &space)
     }
@@ -346,13 +346,6 @@ impl DirtySource for Slots {
             self.fetch(&mut self.lock(), block);
         }
     }
-}
-
-/// Whether guests are executed by the processor's own virtualization: VMX (Intel SDM vol. 2, CPUID leaf 1) or SVM
-/// (AMD APM vol. 3, leaf 0x8000_0001).
-fn virtualizes() -> bool {
-    use std::arch::x86_64::__cpuid;
-    __cpuid(1).ecx >> 5 & 1 != 0 || __cpuid(0x8000_0001).ecx >> 2 & 1 != 0
 }
 
 #[cfg(test)]

@@ -56,9 +56,9 @@ use kvm_bindings::*;
 use kvm_ioctls::VcpuFd;
 
 use crate::cpuid;
-use crate::msrs::Bank;
+use crate::msrs::{self, Bank};
 use crate::partition::Shared;
-use crate::tsc::{self, VcpuTime};
+use crate::tsc::VcpuTime;
 use events::Abilities;
 use lapic::{Mode, PAGE};
 
@@ -147,7 +147,7 @@ impl VcpuState {
         let bank = Bank::probe(model, fd);
         if let Some(promise) = model.msr(msr::ARCH_CAPABILITIES) {
             // For the kernel's own choice of work-arounds; the guest reads the bank's. Not every host has it.
-            let _ = tsc::write_list(fd, &[(msr::ARCH_CAPABILITIES, promise.reset)]);
+            let _ = msrs::write_list(fd, &[(msr::ARCH_CAPABILITIES, promise.reset)]);
         }
         let xcr0 = match capabilities.xcrs {
             true if quirk::present() => Xcr0::Quirk,
@@ -220,7 +220,7 @@ impl VcpuState {
     fn get_msrs(&self, fd: &VcpuFd, shared: &Shared, s: &mut CpuState) -> io::Result<()> {
         s.msrs = self.bank.saved().map(|(index, value)| (index, value.unwrap_or(0))).collect();
         let kernels: Vec<u32> = self.bank.saved().filter(|(_, v)| v.is_none()).map(|(i, _)| i).collect();
-        let values = at("KVM_GET_MSRS", tsc::read_list(fd, &kernels))?;
+        let values = at("KVM_GET_MSRS", msrs::read_list(fd, &kernels))?;
         let mut read = kernels.iter().zip(values).peekable();
         for (index, value) in &mut s.msrs {
             let Some((_, kernels)) = read.next_if(|(i, _)| **i == *index) else { continue };
@@ -315,18 +315,18 @@ impl VcpuState {
     fn set_msrs(&mut self, fd: &VcpuFd, s: &CpuState) -> io::Result<()> {
         let mut list = self.bank.restore(&s.msrs);
         let wall_clock = self.bank.wanted(msr::KVM_WALL_CLOCK).unwrap_or(0);
-        let kernels = tsc::read(fd, [msr::KVM_WALL_CLOCK]).map_or(0, |[v]| v);
+        let kernels = msrs::read(fd, [msr::KVM_WALL_CLOCK]).map_or(0, |[v]| v);
         self.held.wall_clock = (wall_clock, kernels);
         list.retain(|(index, _)| *index != msr::KVM_WALL_CLOCK);
         // A kernel without accounting refuses it; the bank has the value.
         let steal =
             list.iter().position(|(index, _)| *index == msr::KVM_STEAL_TIME).map(|at| list.remove(at));
         if let Some(register) = steal {
-            let _ = tsc::write_list(fd, &[register]);
+            let _ = msrs::write_list(fd, &[register]);
         }
-        at("KVM_SET_MSRS", tsc::write_list(fd, &list))?;
+        at("KVM_SET_MSRS", msrs::write_list(fd, &list))?;
         // Nothing is armed while the vCPU stands.
-        let _ = tsc::write_list(fd, &[(msr::TSC_DEADLINE, 0)]);
+        let _ = msrs::write_list(fd, &[(msr::TSC_DEADLINE, 0)]);
         Ok(())
     }
 
@@ -353,7 +353,7 @@ impl VcpuState {
             start_up(fd, vector)?;
         }
         if standing.deadline != 0 {
-            at("IA32_TSC_DEADLINE", tsc::write_list(fd, &[(msr::TSC_DEADLINE, standing.deadline)]))?;
+            at("IA32_TSC_DEADLINE", msrs::write_list(fd, &[(msr::TSC_DEADLINE, standing.deadline)]))?;
         }
         Ok(())
     }
@@ -362,10 +362,10 @@ impl VcpuState {
     pub(crate) fn after_run(&mut self, fd: &VcpuFd, shared: &Shared) -> io::Result<()> {
         let deadlines = shared.model.msr(msr::TSC_DEADLINE).is_some();
         let (deadline, adjust, tsc) = if deadlines {
-            let [d, a, t] = tsc::read(fd, [msr::TSC_DEADLINE, msr::TSC_ADJUST, msr::TSC])?;
+            let [d, a, t] = msrs::read(fd, [msr::TSC_DEADLINE, msr::TSC_ADJUST, msr::TSC])?;
             (d, a, t)
         } else {
-            let [a, t] = tsc::read(fd, [msr::TSC_ADJUST, msr::TSC])?;
+            let [a, t] = msrs::read(fd, [msr::TSC_ADJUST, msr::TSC])?;
             (0, a, t)
         };
         shared.time.leave(&shared.vm, &mut self.time, tsc, adjust);
@@ -375,7 +375,7 @@ impl VcpuState {
             let imminent = atoll_machine::time::nanos_to_tsc(IMMINENT_NANOS, shared.clock.tsc_khz());
             standing.deadline = deadline;
             if deadline > tsc.wrapping_add(imminent) {
-                let _ = tsc::write_list(fd, &[(msr::TSC_DEADLINE, 0)]);
+                let _ = msrs::write_list(fd, &[(msr::TSC_DEADLINE, 0)]);
             }
         } else {
             standing.expires = lapic::expiry(&page, shared.clock.now());

@@ -57,8 +57,7 @@ fn machine_with(cpus: u32, change: impl Fn(CpuModel) -> CpuModel) -> Option<Mach
 
 /// Whether the processor virtualizes. `kvm_pvm` runs without: its guests have the host's CPUID and TSC.
 pub(crate) fn virtualizes() -> bool {
-    let bit = |leaf, bit: u32| std::arch::x86_64::__cpuid(leaf).ecx >> bit & 1 != 0;
-    let yes = bit(1, 5) || bit(0x8000_0001, 2);
+    let yes = crate::host::virtualizes();
     if !yes {
         println!("skipped: this host's KVM works without the processor's virtualization");
     }
