@@ -34,6 +34,8 @@ const HOUSE: &[Place] = &[
     place("atoll-machine", "machine", 1, &[]),
     place("atoll-backend-conformance", "backends/conformance", 2, &[]),
     place("atoll-storage", "storage", 2, &[]),
+    place("atoll-network", "network", 2, &[]),
+    place("atoll-network-user", "network/user", 2, &["atoll-network"]),
     // Siblings never see each other; the conformance suite is what each of them runs in its tests.
     place("atoll-cpu-software", "backends/software", 2, &["atoll-backend-conformance"]),
     place("atoll-kvm", "backends/kvm", 2, &["atoll-backend-conformance"]),

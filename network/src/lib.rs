@@ -1,0 +1,13 @@
+//! Where a machine's network frames come from and go to.
+//!
+//! A network device knows one trait, [`Port`]; behind it are the ways out of the machine. The same header goes
+//! with every frame ([`FrameHeader`]): the offloads of virtio-net, which a Linux tap device speaks too.
+//!
+//! The user-mode NAT is a crate and a process of its own (`atoll-network-user`): it parses what guests send and
+//! what the internet answers, and a machine's process holds nothing of it but a ring in shared memory.
+
+pub mod header;
+pub mod port;
+
+pub use header::{FrameHeader, Offloads, Segmentation};
+pub use port::{MacAddress, Port, PortError, PortEvent, Received, Sent, Taken};
