@@ -7,7 +7,8 @@
 //! * **memory and files**: [`memfd`], [`mapping`], [`file_lock`], [`volatile_io`] (positional vectored file
 //!   transfers from and to memory that other threads may be changing at the same time);
 //! * **the process and its surroundings**: [`terminal`], [`threads`], [`host`], [`allocator`];
-//! * **logging**: [`ratelimit`] and the macro [`log_limited!`].
+//! * **logging**: [`ratelimit`] and the macro [`log_limited!`];
+//! * **limits**: [`throttle`] (operations and bytes per second).
 //!
 //! # Lock order
 //!
@@ -31,6 +32,7 @@ pub mod ratelimit;
 pub mod signals;
 pub mod terminal;
 pub mod threads;
+pub mod throttle;
 pub mod timerfd;
 pub mod volatile_io;
 
@@ -38,6 +40,7 @@ pub use event_loop::{EventLoop, EventLoopHandle, Interest, Readiness, SourceToke
 pub use eventfd::EventFd;
 pub use mapping::Mapping;
 pub use memfd::Memfd;
+pub use throttle::Throttle;
 pub use timerfd::TimerFd;
 
 /// Re-exports for the expansion of [`log_limited!`]; not an interface.
