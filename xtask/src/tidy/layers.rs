@@ -194,7 +194,7 @@ mod tests {
 
     #[test]
     fn a_crate_without_a_place_is_caught() {
-        let found = messages(&[("network/Cargo.toml", "[package]\nname = \"atoll-network\"\n")]);
+        let found = messages(&[("web/Cargo.toml", "[package]\nname = \"atoll-web\"\n")]);
         assert!(found[0].contains("no place in the layer table"), "{found:?}");
     }
 
