@@ -1,6 +1,7 @@
 //! What a kind of virtio device implements, and how it reaches its transport.
 
 use std::sync::Weak;
+use std::time::Duration;
 
 use crate::queue::{Progress, QueueError, QueueRun};
 use crate::transport::pci::Core;
@@ -156,6 +157,16 @@ impl DeviceHandle {
     pub fn kick(&self, index: u16) {
         if let Some(core) = self.core.upgrade() {
             core.kick(index);
+        }
+    }
+
+    /// Has queue `index` processed by the device's thread after `delay` of host time, or earlier if something else
+    /// asks for it: what a throttle that says "later" needs. Of several delays for a queue the earliest counts.
+    /// May be called while the queue is processed. A reset forgets it; while the device is paused, the queue is
+    /// noted and processed on resume.
+    pub fn kick_after(&self, index: u16, delay: Duration) {
+        if let Some(core) = self.core.upgrade() {
+            core.kick_after(index, delay);
         }
     }
 

@@ -295,6 +295,7 @@ impl Core {
         let mut r = lock(&self.registers);
         self.status.store(0, SeqCst);
         self.unbind_doorbells();
+        self.worker.forget_alarms();
         for slot in &self.slots {
             let mut queue = lock(&slot.queue);
             queue.reset();
@@ -386,6 +387,18 @@ impl Core {
             if self.run(index, Budget::inline()) {
                 self.hand_over(index);
             }
+        }
+    }
+
+    /// Has the device's thread look at queue `index` after `delay`. Without a thread that is at once.
+    pub(crate) fn kick_after(&self, index: u16, delay: std::time::Duration) {
+        if usize::from(index) >= self.slots.len() {
+            return;
+        }
+        let name = self.device.kind().thread_name();
+        if let Err(error) = self.worker.wake_after(&self.me, name, index, delay) {
+            log_limited!(error, "{name}: no timer for the device, it will not wait: {error}");
+            self.hand_over(index);
         }
     }
 

@@ -1,13 +1,15 @@
-//! The helper thread of one device: takes queues that a vCPU should not wait for, and waits for doorbells.
+//! The helper thread of one device: takes queues that a vCPU should not wait for, waits for doorbells, and looks
+//! at queues again after a time.
 //!
 //! It starts with the first such queue or doorbell, so a device that never needs it costs no thread.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::{Arc, Mutex, Weak};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
-use atoll_foundation::{EventFd, EventLoop, EventLoopHandle, Interest, threads};
+use atoll_foundation::{EventFd, EventLoop, EventLoopHandle, Interest, TimerFd, threads};
 
 use super::Core;
 use crate::lock;
@@ -24,6 +26,35 @@ pub(crate) struct Worker {
     state: Mutex<State>,
     /// Queues that wait for the thread.
     queued: Arc<Mutex<BTreeSet<u16>>>,
+    alarm: Arc<Mutex<Alarm>>,
+}
+
+/// When which queue is to be looked at again; one host timer for all, armed for the earliest.
+#[derive(Default)]
+struct Alarm {
+    timer: Option<Arc<TimerFd>>,
+    due: BTreeMap<u16, Instant>,
+}
+
+impl Alarm {
+    /// Arms the timer for the earliest of what is due.
+    fn arm(&self) -> io::Result<()> {
+        match (&self.timer, self.due.values().min()) {
+            (Some(timer), Some(at)) => timer.arm_after(at.saturating_duration_since(Instant::now())),
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes the queues whose time has come, and arms the timer for the rest.
+    fn expire(&mut self) -> io::Result<Vec<u16>> {
+        let now = Instant::now();
+        let over: Vec<u16> = self.due.iter().filter(|(_, at)| **at <= now).map(|(index, _)| *index).collect();
+        for index in &over {
+            self.due.remove(index);
+        }
+        self.arm()?;
+        Ok(over)
+    }
 }
 
 impl Worker {
@@ -83,6 +114,46 @@ impl Worker {
         Ok(())
     }
 
+    /// Has the thread look at queue `index` of `core` after `delay`, or at the time that was asked for before if
+    /// that is earlier. Fails when the host lacks a thread or memory for it.
+    pub(crate) fn wake_after(
+        &self,
+        core: &Weak<Core>,
+        name: &str,
+        index: u16,
+        delay: Duration,
+    ) -> io::Result<()> {
+        let Some(events) = self.running(name)? else { return Ok(()) };
+        let mut alarm = lock(&self.alarm);
+        if alarm.timer.is_none() {
+            let timer = Arc::new(TimerFd::new()?);
+            let (core, shared, source) = (core.clone(), self.alarm.clone(), timer.clone());
+            events.register(timer.clone(), Interest::READ, move |_| {
+                source.drain();
+                let over = lock(&shared).expire().unwrap_or_else(|error| {
+                    atoll_foundation::log_limited!(error, "cannot arm the timer of a virtio device: {error}");
+                    Vec::new()
+                });
+                for index in over {
+                    if let Some(core) = core.upgrade() {
+                        core.rung(index);
+                    }
+                }
+            })?;
+            alarm.timer = Some(timer);
+        }
+        // A delay that no clock can hold will not be waited for.
+        let Some(at) = Instant::now().checked_add(delay) else { return Ok(()) };
+        let due = alarm.due.entry(index).or_insert(at);
+        *due = (*due).min(at);
+        alarm.arm()
+    }
+
+    /// Forgets what [`Worker::wake_after`] was asked for.
+    pub(crate) fn forget_alarms(&self) {
+        lock(&self.alarm).due.clear();
+    }
+
     /// Ends the thread and waits for it, unless this is it.
     pub(crate) fn stop(&self) {
         let thread = {
@@ -105,3 +176,7 @@ impl Drop for Worker {
         self.stop();
     }
 }
+
+#[cfg(test)]
+#[path = "alarm_tests.rs"]
+mod tests;
