@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{ByteSize, CpuPinning, CpuTopology, MemoryOptions};
+use crate::{ByteSize, CpuPinning, CpuTopology, MemoryOptions, NetSpec};
 
 /// What executes the guest's instructions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -143,6 +143,9 @@ pub struct VmSpec {
     /// Its disks, the first one first.
     #[serde(default)]
     pub disks: Vec<DiskSpec>,
+    /// Its network interfaces, the first one first; user-mode NAT when absent.
+    #[serde(default = "default_networks")]
+    pub networks: Vec<NetSpec>,
     /// What a crash leads to.
     #[serde(default)]
     pub on_crash: OnCrash,
@@ -165,6 +168,9 @@ fn default_cpu() -> String {
 fn default_memory() -> ByteSize {
     DEFAULT_MEMORY
 }
+fn default_networks() -> Vec<NetSpec> {
+    vec![NetSpec::default()]
+}
 
 impl VmSpec {
     /// A machine called `name` with every default.
@@ -179,6 +185,7 @@ impl VmSpec {
             pin: None,
             boot: BootSpec::default(),
             disks: Vec::new(),
+            networks: default_networks(),
             on_crash: OnCrash::default(),
             no_reboot: false,
             debug_exit: false,
