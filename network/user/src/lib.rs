@@ -1,2 +1,10 @@
 //! User-mode NAT: what a guest sends becomes ordinary sockets of an unprivileged process, and what these receive
 //! becomes packets again.
+
+pub mod output;
+pub mod policy;
+pub mod poller;
+
+pub use output::{Flow4Tuple, Output, TcpFlags, TcpHeader, TcpOptions};
+pub use policy::Policy;
+pub use poller::{Owner, Poller, Readiness};

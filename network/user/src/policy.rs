@@ -1,0 +1,96 @@
+//! Where a guest may go.
+//!
+//! A guest reaches what an ordinary program of the same user reaches over the network, and nothing of the host's
+//! loopback: not by any spelling of it, and not through an address that a kernel takes for it. The one way is the
+//! gateway's address, when the machine was started with `host-loopback`.
+//!
+//! The host's own addresses on its networks are allowed, as they are to every other machine of these networks: a
+//! service that listens on loopback alone is not reached through them.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+/// Where flows that a guest opens lead to.
+pub trait Policy {
+    /// Where a socket is connected for a guest that addresses `guest_dst`. `None`: refused.
+    fn connect_to(&self, guest_dst: SocketAddr) -> Option<SocketAddr>;
+}
+
+/// Whether an address may be connected to for a guest: an ordinary unicast address that no kernel takes for the
+/// host's loopback, its link or a group.
+pub fn is_outside(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(address) => is_outside_v4(address),
+        IpAddr::V6(address) => is_outside_v6(address),
+    }
+}
+
+fn is_outside_v4(address: Ipv4Addr) -> bool {
+    let [first, ..] = address.octets();
+    // "This network" (0/8: Linux takes 0.0.0.0 for loopback), loopback, link-local, and from 224 on multicast,
+    // reserved and broadcast.
+    first != 0 && first < 224 && !address.is_loopback() && !address.is_link_local()
+}
+
+fn is_outside_v6(address: Ipv6Addr) -> bool {
+    let segments = address.segments();
+    let embedded = |high: u16, low: u16| Ipv4Addr::from(u32::from(high) << 16 | u32::from(low));
+    match segments {
+        // Unspecified, loopback, IPv4-compatible, IPv4-mapped (a v6 socket would speak IPv4) and
+        // IPv4-translated (RFC 2765): nothing of ::/64 is anybody's address.
+        [0, 0, 0, 0, ..] => false,
+        // NAT64 (RFC 6052) and 6to4 (RFC 3056): as far as the embedded IPv4 address.
+        [0x64, 0xff9b, 0, 0, 0, 0, high, low] => is_outside_v4(embedded(high, low)),
+        [0x2002, high, low, ..] => is_outside_v4(embedded(high, low)),
+        // Link-local and multicast.
+        [first, ..] => first & 0xffc0 != 0xfe80 && first & 0xff00 != 0xff00,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn loopback_has_no_spelling_that_is_outside() {
+        let inside = [
+            "0.0.0.0",
+            "0.1.2.3",
+            "127.0.0.1",
+            "127.255.255.254",
+            "169.254.169.254",
+            "224.0.0.1",
+            "255.255.255.255",
+            "240.0.0.1",
+            "::",
+            "::1",
+            "::127.0.0.1",
+            "::ffff:127.0.0.1",
+            "::ffff:192.0.2.1",
+            "::ffff:0:127.0.0.1",
+            "64:ff9b::127.0.0.1",
+            "64:ff9b::",
+            "2002:7f00:1::1",
+            "fe80::1",
+            "febf::1",
+            "ff02::1",
+        ];
+        for text in inside {
+            assert!(!is_outside(text.parse().unwrap()), "{text}");
+        }
+        let outside = [
+            "1.1.1.1",
+            "10.0.0.1",
+            "192.168.1.1",
+            "100.64.0.1",
+            "223.255.255.255",
+            "2001:db8::1",
+            "fd00::2",
+            "fec0::1",
+            "64:ff9b::1.1.1.1",
+            "2002:101:101::1",
+        ];
+        for text in outside {
+            assert!(is_outside(text.parse().unwrap()), "{text}");
+        }
+    }
+}
