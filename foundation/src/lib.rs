@@ -4,8 +4,8 @@
 //!
 //! * **waiting**: [`event_loop`] (epoll on one thread, callbacks, posted closures), [`eventfd`], [`timerfd`],
 //!   [`signals`] (signals as a readable descriptor);
-//! * **memory and files**: [`memfd`], [`mapping`], [`file_lock`], [`volatile_io`] (positional vectored file
-//!   transfers from and to memory that other threads may be changing at the same time);
+//! * **memory and files**: [`memfd`], [`mapping`], [`shared_memory`] (written to by two processes), [`file_lock`],
+//!   [`volatile_io`] (vectored file transfers from and to memory that other threads may be changing meanwhile);
 //! * **the process and its surroundings**: [`terminal`], [`threads`], [`host`], [`allocator`];
 //! * **logging**: [`ratelimit`] and the macro [`log_limited!`];
 //! * **limits**: [`throttle`] (operations and bytes per second).
@@ -19,7 +19,8 @@
 //! # Unsafe code
 //!
 //! Denied except in the modules that call the kernel without a safe wrapper: `mapping`, `terminal`, `signals`,
-//! `file_lock`, `volatile_io`, `allocator`, `host::kvm` and `host::rights`. Each says why at its top.
+//! `file_lock`, `shared_memory`, `volatile_io`, `allocator`, `host::kvm` and `host::rights`. Each says why at its
+//! top.
 
 pub mod allocator;
 pub mod event_loop;
@@ -29,6 +30,7 @@ pub mod host;
 pub mod mapping;
 pub mod memfd;
 pub mod ratelimit;
+pub mod shared_memory;
 pub mod signals;
 pub mod terminal;
 pub mod threads;
@@ -40,6 +42,7 @@ pub use event_loop::{EventLoop, EventLoopHandle, Interest, Readiness, SourceToke
 pub use eventfd::EventFd;
 pub use mapping::Mapping;
 pub use memfd::Memfd;
+pub use shared_memory::SharedMemory;
 pub use throttle::Throttle;
 pub use timerfd::TimerFd;
 

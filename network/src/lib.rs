@@ -8,6 +8,7 @@
 
 pub mod header;
 pub mod port;
+pub mod ring;
 
 pub use header::{FrameHeader, Offloads, Segmentation};
 pub use port::{MacAddress, Port, PortError, PortEvent, Received, Sent, Taken};
