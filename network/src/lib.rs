@@ -9,6 +9,8 @@
 pub mod header;
 pub mod port;
 pub mod ring;
+#[cfg(any(test, feature = "test-utils"))]
+pub mod test_utils;
 
 pub use header::{FrameHeader, Offloads, Segmentation};
 pub use port::{MacAddress, Port, PortError, PortEvent, Received, Sent, Taken};

@@ -97,7 +97,7 @@ use atoll_foundation::{Memfd, SharedMemory};
 
 use crate::header::Offloads;
 use bell::{Bell, Ear};
-use layout::{Layout, MAGIC, VERSION, header};
+use layout::{Direction, Layout, MAGIC, VERSION, control, header};
 use queue::Broken;
 
 pub use layout::{MAX_PAIRS, MAX_RING_BYTES, MIN_RING_BYTES};
@@ -191,6 +191,15 @@ pub fn create(pairs: u16, bytes_per_ring: usize) -> Result<(RingPort, RingSetup)
     for (offset, value) in words {
         if let Some(word) = memory.word(offset) {
             word.store(value, Ordering::Relaxed);
+        }
+    }
+    for pair in 0..pairs {
+        for direction in [Direction::ToPeer, Direction::ToMachine] {
+            let sleeps = layout.place(pair, direction).control + control::CONSUMER_SLEEPS;
+            if let Some(word) = memory.word(sleeps) {
+                // Who has not looked yet is told of the first frame.
+                word.store(1, Ordering::Relaxed);
+            }
         }
     }
     let (ring_peer_data, hear_data) = bell::bell()?;

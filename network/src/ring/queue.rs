@@ -219,7 +219,7 @@ pub(super) struct Consumer {
 
 impl Consumer {
     pub(super) fn new(memory: Arc<SharedMemory>, place: Place) -> Self {
-        Self { end: End { memory, place }, head: 0, tail: 0, unrung: 0, armed: false }
+        Self { end: End { memory, place }, head: 0, tail: 0, unrung: 0, armed: true }
     }
 
     /// Looks at how far the producer has written.
