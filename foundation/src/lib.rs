@@ -6,7 +6,7 @@
 //!   [`signals`] (signals as a readable descriptor);
 //! * **memory and files**: [`memfd`], [`mapping`], [`shared_memory`] (written to by two processes), [`file_lock`],
 //!   [`volatile_io`] (vectored file transfers from and to memory that other threads may be changing meanwhile);
-//! * **the process and its surroundings**: [`terminal`], [`threads`], [`host`], [`allocator`];
+//! * **the process and its surroundings**: [`terminal`], [`threads`], [`host`], [`jail`], [`allocator`];
 //! * **logging**: [`ratelimit`] and the macro [`log_limited!`];
 //! * **limits**: [`throttle`] (operations and bytes per second).
 //!
@@ -19,14 +19,15 @@
 //! # Unsafe code
 //!
 //! Denied except in the modules that call the kernel without a safe wrapper: `mapping`, `terminal`, `signals`,
-//! `file_lock`, `shared_memory`, `volatile_io`, `allocator`, `host::kvm` and `host::rights`. Each says why at its
-//! top.
+//! `file_lock`, `shared_memory`, `volatile_io`, `allocator`, `host::kvm`, `host::rights` and `jail`. Each says
+//! why at its top.
 
 pub mod allocator;
 pub mod event_loop;
 pub mod eventfd;
 pub mod file_lock;
 pub mod host;
+pub mod jail;
 pub mod mapping;
 pub mod memfd;
 pub mod ratelimit;
