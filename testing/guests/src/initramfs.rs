@@ -14,11 +14,12 @@ use crate::{Error, Result, apt};
 
 /// Drivers of the machine's devices, in the order in which to load them. A kernel that has one built in, or
 /// none of that name, does without.
-pub const DRIVERS: [&str; 10] = [
+pub const DRIVERS: [&str; 11] = [
     "virtio_pci",
     "virtio_console",
     "virtio_blk",
     "virtio_rng",
+    "virtio_net",
     "pvpanic",
     "pvpanic_mmio",
     "pvpanic_pci",
@@ -32,9 +33,11 @@ pub(crate) const PROFILE: &str = "export PATH=/bin:/sbin:/usr/bin:/usr/sbin PS1=
 /// The scripts of the images; part of the cache key of [`crate::quick_start`].
 pub(crate) const INIT: &str = include_str!("scripts/init.sh");
 pub(crate) const SESSION: &str = include_str!("scripts/session.sh");
+pub(crate) const LEASE: &str = include_str!("scripts/lease.sh");
 const DISK: &str = include_str!("scripts/disk.sh");
 
-/// The quick start: busybox, the machine's drivers, a root shell on `hvc0` (on `ttyS0` where there is no virtio
+/// The quick start: busybox, the machine's drivers, an address for each network interface that gets one by DHCP or
+/// router advertisement, a root shell on `hvc0` (on `ttyS0` where there is no virtio
 /// console). Leaving the shell powers the machine off; `poweroff` and `reboot` work.
 ///
 /// # Errors
@@ -45,6 +48,9 @@ pub fn quick_start(kernel: &KernelFiles, busybox: &Path) -> Result<Vec<u8>> {
     add_modules(&mut archive, &modules::closure(&kernel.modules_dir, &DRIVERS)?);
     archive.file("init", 0o755, INIT.as_bytes());
     archive.file("etc/session", 0o755, SESSION.as_bytes());
+    // Where the distribution's busybox looks for it.
+    archive.file("etc/udhcpc/default.script", 0o755, LEASE.as_bytes());
+    archive.file("etc/hosts", 0o644, b"127.0.0.1 localhost\n::1 localhost\n");
     archive.file("etc/profile", 0o644, PROFILE.as_bytes());
     archive.file("etc/hostname", 0o644, b"atoll\n");
     archive.file("etc/passwd", 0o644, b"root::0:0:root:/root:/bin/sh\n");

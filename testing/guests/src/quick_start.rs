@@ -75,10 +75,15 @@ fn command_line(term: Option<&str>) -> String {
     }
 }
 
-/// FNV-1a over the image's scripts: another version of this crate must not use an older one's image.
+/// FNV-1a over the image's scripts and drivers' names: another version of this crate must not use an older one's image.
 fn scripts_fingerprint() -> u32 {
-    let bytes = initramfs::INIT.bytes().chain(initramfs::SESSION.bytes()).chain(initramfs::PROFILE.bytes());
-    bytes.fold(0x811c_9dc5, |hash: u32, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193))
+    let parts = [initramfs::INIT, initramfs::SESSION, initramfs::LEASE, initramfs::PROFILE];
+    let names = initramfs::DRIVERS.iter().flat_map(|name| name.bytes());
+    parts
+        .iter()
+        .flat_map(|part| part.bytes())
+        .chain(names)
+        .fold(0x811c_9dc5, |hash: u32, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193))
 }
 
 #[cfg(test)]

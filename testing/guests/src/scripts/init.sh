@@ -13,6 +13,15 @@ hostname -F /etc/hostname
 while read -r module; do insmod "/lib/modules/$module.ko"; done </etc/modules
 ifconfig lo 127.0.0.1 up 2>/dev/null
 
+# IPv6 addresses come by router advertisement, as soon as an interface is up. Whoever gets no IPv4 lease in two
+# seconds goes on asking behind the shell's back.
+for path in /sys/class/net/eth*; do
+  [ -e "$path" ] || continue
+  interface=${path##*/}
+  ifconfig "$interface" up
+  udhcpc -b -t 2 -T 1 -O mtu -x hostname:"$(hostname)" -i "$interface" >/dev/null 2>&1
+done
+
 # The shell belongs on the virtio console, whose window size follows the terminal's. Its port appears a
 # moment after its driver.
 tty=ttyS0

@@ -7,6 +7,8 @@ printf '\n%s\n\n' "Atoll quick start: $(uname -sr) on $(nproc) CPU(s), $(($(sed 
 printf '  %-22s %s\n' 'poweroff  (or exit)' 'ends the machine' 'reboot' 'starts it again' 'Ctrl-A x' 'leaves at once, without asking the guest'
 disks=$(ls -d /sys/block/vd* 2>/dev/null | sed 's,.*/,/dev/,' | tr '\n' ' ')
 [ -z "$disks" ] || printf '  %-22s %s\n' 'disks' "$disks"
+addresses=$(ip -4 -o addr show scope global 2>/dev/null | awk '{ sub("/.*", "", $4); print $2, $4 }' | tr '\n' ' ')
+[ -z "$addresses" ] || printf '  %-22s %s\n' 'network' "$addresses"
 echo
 sh -l
 sync
