@@ -3,12 +3,16 @@
 use std::sync::Weak;
 use std::time::Duration;
 
+use atoll_machine::inputs::InputKind;
+
 use crate::queue::{Progress, QueueError, QueueRun};
 use crate::transport::pci::Core;
 
 /// Kinds of devices (VIRTIO 1.2, chapter 5) with their device ids.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeviceKind {
+    /// Network device, id 1.
+    Network,
     /// Block device, id 2.
     Block,
     /// Console, id 3.
@@ -21,6 +25,7 @@ impl DeviceKind {
     /// The virtio device id.
     pub const fn id(self) -> u16 {
         match self {
+            Self::Network => 1,
             Self::Block => 2,
             Self::Console => 3,
             Self::Entropy => 4,
@@ -30,6 +35,7 @@ impl DeviceKind {
     /// The PCI class code: class, subclass, programming interface.
     pub const fn pci_class(self) -> u32 {
         match self {
+            Self::Network => 0x02_00_00,
             Self::Block => 0x01_00_00,
             Self::Console => 0x07_80_00,
             Self::Entropy => 0x00_ff_00,
@@ -39,6 +45,7 @@ impl DeviceKind {
     /// Name of the device's helper thread.
     pub(crate) const fn thread_name(self) -> &'static str {
         match self {
+            Self::Network => "virtio-net",
             Self::Block => "virtio-blk",
             Self::Console => "virtio-console",
             Self::Entropy => "virtio-rng",
@@ -157,6 +164,23 @@ impl DeviceHandle {
     pub fn kick(&self, index: u16) {
         if let Some(core) = self.core.upgrade() {
             core.kick(index);
+        }
+    }
+
+    /// Has queue `index` processed on this thread with the turn of the device's own thread: for what arrives from
+    /// outside on an event loop. What exceeds the turn goes to the device's thread.
+    pub fn deliver(&self, index: u16) {
+        if let Some(core) = self.core.upgrade() {
+            core.rung(index);
+        }
+    }
+
+    /// Lets `change` happen as an input to the machine (see [`InputGate`](atoll_machine::inputs::InputGate)), or
+    /// at once while there is no driver.
+    pub fn input(&self, kind: InputKind, change: impl FnOnce() + Send + 'static) {
+        match self.core.upgrade() {
+            Some(core) => core.input(kind, change),
+            None => change(),
         }
     }
 

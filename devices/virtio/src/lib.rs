@@ -1,7 +1,7 @@
-//! Virtio 1.2 devices over PCI: block, console and entropy.
+//! Virtio 1.2 devices over PCI: block, network, console and entropy.
 //!
 //! ```text
-//! vCPU --MMIO--> transport::pci (registers, notify, ISR) --process_queue--> blk | console | rng
+//! vCPU --MMIO--> transport::pci (registers, notify, ISR) --process_queue--> blk | net | console | rng
 //!                     |  ^                                        |
 //!                     |  +--- Interrupt (MSI-X or INTx) <---------+  used buffers, config changes
 //!                     +--> queue (split rings in guest memory)
@@ -11,7 +11,7 @@
 //! * [`queue`] owns the rings: what a driver may put there, notification suppression, and how a malformed ring
 //!   stops the device and nothing else.
 //! * [`transport::pci::VirtioPciDevice`] is the PCI function that a machine plugs in.
-//! * [`blk`], [`console`] and [`rng`] are the devices.
+//! * [`blk`], [`net`], [`console`] and [`rng`] are the devices.
 //!
 //! Specification: Virtual I/O Device (VIRTIO) 1.2; the modern interface only, split rings only.
 //!
@@ -25,6 +25,7 @@ use std::sync::{Mutex, MutexGuard};
 pub mod blk;
 pub mod console;
 pub mod device;
+pub mod net;
 pub mod queue;
 pub mod rng;
 #[cfg(any(test, feature = "test-utils"))]

@@ -251,6 +251,11 @@ impl<'a> QueueRun<'a> {
         self.budget.inline
     }
 
+    /// Entries of the ring.
+    pub fn size(&self) -> u16 {
+        self.queue.size()
+    }
+
     /// Whether this run has done enough.
     pub fn exhausted(&self) -> bool {
         self.budget.exhausted()
@@ -288,6 +293,28 @@ impl<'a> QueueRun<'a> {
     pub fn push_used(&mut self, head: u16, written: u32) -> Result<(), QueueError> {
         self.queue.add_used(self.memory, head, written)?;
         self.used = self.used.wrapping_add(1);
+        Ok(())
+    }
+
+    /// Hands several requests back at once: the driver sees all of them or none yet, as the buffers of one received
+    /// frame need it (5.1.6.4). At most as many as the ring has entries.
+    pub fn push_used_together(&mut self, finished: &[(u16, u32)]) -> Result<(), QueueError> {
+        let Some((&(last_head, last_written), earlier)) = finished.split_last() else { return Ok(()) };
+        let (base, size) = (Wrapping(self.queue.next_used()), self.queue.size());
+        let mut next = base;
+        for &(head, written) in earlier {
+            let slot = u64::from(next.0 & (size - 1));
+            let gpa = self.queue.used_ring().wrapping_add(4 + 8 * slot);
+            let element = u64::from(head) | u64::from(written) << 32;
+            self.memory
+                .write_slice(&element.to_le_bytes(), GuestAddress(gpa))
+                .map_err(|_| QueueError::NotRam { gpa, len: 8 })?;
+            next += 1;
+        }
+        // Only the last one moves the index that the driver looks at.
+        self.queue.set_next_used(next.0);
+        self.queue.add_used(self.memory, last_head, last_written)?;
+        self.used = self.used.wrapping_add(finished.len() as u32);
         Ok(())
     }
 
@@ -332,11 +359,16 @@ impl<'a> QueueRun<'a> {
         if self.used == 0 {
             return Ok(false);
         }
-        if self.queue.event_idx_enabled() {
-            return Ok(self.queue.needs_notification(self.memory)?);
-        }
-        // The used index must be visible before the flag is looked at.
+        // The used index must be visible before the driver's wishes are looked at.
         fence(Ordering::SeqCst);
+        if self.queue.event_idx_enabled() {
+            let gpa = self.queue.avail_ring().wrapping_add(4 + 2 * u64::from(self.queue.size()));
+            let event: u16 =
+                self.memory.read_obj(GuestAddress(gpa)).map_err(|_| QueueError::NotRam { gpa, len: 2 })?;
+            // Whether one of this run's requests has the index that the driver waits for.
+            let (new, event) = (Wrapping(self.queue.next_used()), Wrapping(u16::from_le(event)));
+            return Ok(u32::from((new - event - Wrapping(1)).0) < self.used);
+        }
         let gpa = self.queue.avail_ring();
         let flags: u16 =
             self.memory.read_obj(GuestAddress(gpa)).map_err(|_| QueueError::NotRam { gpa, len: 2 })?;

@@ -419,6 +419,11 @@ impl Core {
         });
     }
 
+    /// Lets `change` happen when the machine takes inputs.
+    pub(crate) fn input(&self, kind: InputKind, change: impl FnOnce() + Send + 'static) {
+        self.inputs.deliver(kind, change);
+    }
+
     /// Processes queue `index` within `budget`. Returns whether there is more that nobody works on.
     fn run(&self, index: u16, budget: Budget) -> bool {
         let Some(slot) = self.slots.get(usize::from(index)) else { return false };
