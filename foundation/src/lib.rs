@@ -8,18 +8,19 @@
 //!   [`volatile_io`] (vectored file transfers from and to memory that other threads may be changing meanwhile);
 //! * **the process and its surroundings**: [`terminal`], [`threads`], [`host`], [`jail`], [`allocator`];
 //! * **logging**: [`ratelimit`] and the macro [`log_limited!`];
-//! * **limits**: [`throttle`] (operations and bytes per second).
+//! * **limits**: [`throttle`] (operations and bytes per second);
+//! * **sockets**: [`tcp_socket`] (peeking, discarding and queue lengths of TCP sockets).
 //!
 //! # Lock order
 //!
-//! Two modules hold locks. `event_loop`: the source table, then one source's callback; neither is held while
+//! Few modules hold locks. `uring` and `throttle`: see there. `event_loop`: the source table, then one source's callback; neither is held while
 //! the queue of posted closures is locked, and no lock but a source's own callback is held while a callback
 //! runs. `terminal`: one lock serialising entry and exit of raw mode; nothing else is taken under it.
 //!
 //! # Unsafe code
 //!
 //! Denied except in the modules that call the kernel without a safe wrapper: `mapping`, `terminal`, `signals`,
-//! `file_lock`, `shared_memory`, `volatile_io`, `allocator`, `host::kvm`, `host::rights` and `jail`. Each says
+//! `file_lock`, `shared_memory`, `tcp_socket`, `volatile_io`, `allocator`, `host::kvm`, `host::rights` and `jail`. Each says
 //! why at its top.
 
 pub mod allocator;
@@ -33,10 +34,12 @@ pub mod memfd;
 pub mod ratelimit;
 pub mod shared_memory;
 pub mod signals;
+pub mod tcp_socket;
 pub mod terminal;
 pub mod threads;
 pub mod throttle;
 pub mod timerfd;
+pub mod uring;
 pub mod volatile_io;
 
 pub use event_loop::{EventLoop, EventLoopHandle, Interest, Readiness, SourceToken};

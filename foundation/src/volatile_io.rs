@@ -22,6 +22,8 @@ const MAX_VECTORS: usize = 64;
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Direction {
     FromFile,
+    /// Only what the host has in memory.
+    FromCache,
     ToFile,
 }
 
@@ -49,6 +51,22 @@ pub fn write_all_at<B: BitmapSlice>(
     } else {
         Err(io::Error::new(io::ErrorKind::WriteZero, "the file takes no more bytes"))
     }
+}
+
+/// [`read_at`] as far as that needs no waiting for a device (`RWF_NOWAIT`). `None`: it would wait, or the host cannot
+/// tell; any part of the buffers may have been filled.
+pub fn read_cached_at<B: BitmapSlice>(
+    fd: impl AsFd,
+    offset: u64,
+    buffers: &[VolatileSlice<'_, B>],
+) -> Option<usize> {
+    let total: usize = buffers.iter().map(|b| b.len()).sum();
+    if buffers.len() > MAX_VECTORS {
+        return None;
+    }
+    let count = one_call(fd.as_fd(), offset, buffers, 0, Direction::FromCache).ok()?;
+    // Short: the rest is not in memory, or there is none; the other way finds out which.
+    (count == total).then_some(count)
 }
 
 /// The same memory without its dirty bitmap. Who writes through the result marks the pages itself.
@@ -120,6 +138,9 @@ fn one_call<B: BitmapSlice>(
         let count = unsafe {
             match direction {
                 Direction::FromFile => libc::preadv64(fd.as_raw_fd(), vectors.as_ptr(), used, offset),
+                Direction::FromCache => {
+                    libc::preadv64v2(fd.as_raw_fd(), vectors.as_ptr(), used, offset, libc::RWF_NOWAIT)
+                }
                 Direction::ToFile => libc::pwritev64(fd.as_raw_fd(), vectors.as_ptr(), used, offset),
             }
         };
@@ -136,6 +157,20 @@ fn one_call<B: BitmapSlice>(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_was_just_written_is_read_from_memory_or_not_at_all() {
+        use std::io::Write;
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&[3; 4096]).unwrap();
+        let mut bytes = [0; 4096];
+        match read_cached_at(&file, 0, &[VolatileSlice::from(&mut bytes[..])]) {
+            Some(count) => assert_eq!((count, bytes), (4096, [3; 4096])),
+            None => println!("skipped: the file system cannot tell what is in memory"),
+        }
+        assert_eq!(read_cached_at(&file, 4000, &[VolatileSlice::from(&mut bytes[..])]), None);
+    }
+
     use std::os::unix::fs::FileExt;
 
     /// A list of slices of the given lengths over one piece of memory.
