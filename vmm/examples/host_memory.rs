@@ -54,6 +54,7 @@ impl Variant {
     fn memory(text: &str) -> Result<Self> {
         let memory: MemorySpec = text.parse()?;
         let mut spec = VmSpec::named("bench");
+        spec.networks = Vec::new();
         spec.accel = Accelerator::Software;
         (spec.memory, spec.memory_options) = (memory.size, memory.options);
         spec.debug_exit = true;
@@ -143,6 +144,7 @@ fn once(kernel: &tempfile::NamedTempFile, variant: &Variant) -> Result<Times> {
         serial: Box::new(|_| {}),
         virtio: Box::new(|_| {}),
         rebooted: Box::new(|| {}),
+        event: Box::new(|_| {}),
         ended: Box::new(move |end| drop(sender.send((end, begin.elapsed(), cpu_time() - cpu_before)))),
     })?;
     match ended.recv()? {

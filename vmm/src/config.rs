@@ -10,6 +10,7 @@ use atoll_storage::{Disk, DiskFormat, OpenOptions};
 
 use crate::accelerator::{self, Choice, HostFacts};
 use crate::boot_files::BootFiles;
+use crate::driver::Resources;
 use crate::engine::Engine;
 use crate::error::VmError;
 use crate::host_options::{self, HostResources};
@@ -45,12 +46,14 @@ pub(crate) struct Config {
 
 impl Config {
     /// Checks `spec` and opens what it names. What can be wrong is found here, before anything is started.
+    #[cfg(test)]
     pub(crate) fn from_spec(spec: &VmSpec) -> Result<Self, VmError> {
-        Self::with_disks(spec, Vec::new())
+        Self::with_resources(spec, Resources::default())
     }
 
-    /// As [`Config::from_spec`], with `ready` disks after those that `spec` names.
-    pub(crate) fn with_disks(spec: &VmSpec, ready: Vec<Arc<dyn Disk>>) -> Result<Self, VmError> {
+    /// As [`Config::from_spec`], with what a description cannot express.
+    pub(crate) fn with_resources(spec: &VmSpec, resources: Resources) -> Result<Self, VmError> {
+        let ready = resources.disks;
         check_name(&spec.name)?;
         let accelerator = accelerator::choose(spec.accel, &HostFacts::gather())?;
         let (accelerator, (engine, model)) = accelerator::open(spec.accel, accelerator, |kind| {
@@ -209,6 +212,7 @@ mod tests {
     #[test]
     fn wrong_sizes_and_counts_are_one_clear_line() {
         let mut spec = VmSpec::named("t");
+        spec.networks = Vec::new();
         spec.boot.kernel = Some("/dev/null".into());
         spec.memory = ByteSize(1000);
         assert!(matches!(Config::from_spec(&spec), Err(VmError::Memory(_))));

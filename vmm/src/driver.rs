@@ -14,6 +14,7 @@
 //! Requests that arrive for a machine that was already torn down by a reset are dropped: each machine's
 //! requests carry its incarnation.
 
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -28,6 +29,7 @@ use crate::config::Config;
 use crate::console::{ConsoleId, ConsoleOutput};
 use crate::engine::Engine;
 use crate::error::VmError;
+use crate::event::{EventSink, VmEvent};
 use crate::machine::{AnyMachine, MachineInputs, Sink};
 
 /// How a run ended.
@@ -89,6 +91,8 @@ pub struct VmOutputs {
     pub virtio: ConsoleOutput,
     /// The machine was reset.
     pub rebooted: Box<dyn Fn() + Send>,
+    /// Something happened that does not end the run. Must not wait for the machine.
+    pub event: Box<dyn Fn(VmEvent) + Send + Sync>,
     /// The run is over. Called once.
     pub ended: Box<dyn FnOnce(RunEnd) + Send>,
 }
@@ -101,6 +105,17 @@ enum Message {
     Stop,
 }
 
+/// What a machine gets besides its description.
+#[derive(Default)]
+pub struct Resources {
+    /// Disks that are open already, after those that the description names: of a format or a layer that it cannot
+    /// express, such as one that records for a test what the guest writes.
+    pub disks: Vec<Arc<dyn Disk>>,
+    /// The program that becomes a helper process when it is started with the name of one as its first argument
+    /// (`network-user`). Without it there is no user-mode NAT.
+    pub helper: Option<PathBuf>,
+}
+
 /// A machine that is checked and ready to start: its files are open, its images locked.
 pub struct Vm {
     config: Config,
@@ -109,13 +124,18 @@ pub struct Vm {
 impl Vm {
     /// Opens and checks everything that `spec` names. Nothing is written and no thread is started.
     pub fn prepare(spec: &VmSpec) -> Result<Self, VmError> {
-        Ok(Self { config: Config::from_spec(spec)? })
+        Self::prepare_with(spec, Resources::default())
     }
 
-    /// As [`Vm::prepare`], with `disks` that are open already, after those that `spec` names: a disk of a format or
-    /// a layer that a specification cannot express, such as one that records for a test what the guest writes.
+    /// As [`Vm::prepare`], with more than a description can express. Helper processes are started; they end with
+    /// the machine.
+    pub fn prepare_with(spec: &VmSpec, resources: Resources) -> Result<Self, VmError> {
+        Ok(Self { config: Config::with_resources(spec, resources)? })
+    }
+
+    /// As [`Vm::prepare`], with `disks` that are open already.
     pub fn prepare_with_disks(spec: &VmSpec, disks: Vec<Arc<dyn Disk>>) -> Result<Self, VmError> {
-        Ok(Self { config: Config::with_disks(spec, disks)? })
+        Self::prepare_with(spec, Resources { disks, ..Resources::default() })
     }
 
     /// The machine in one line.
@@ -137,13 +157,14 @@ impl Vm {
             window: Mutex::new(None),
             ended: AtomicBool::new(false),
         });
-        let VmOutputs { serial, virtio, rebooted, ended } = outputs;
+        let VmOutputs { serial, virtio, rebooted, event, ended } = outputs;
         let mut driver = Driver {
             config: self.config,
             shared: shared.clone(),
             serial: serial.into(),
             virtio: virtio.into(),
             rebooted,
+            events: event.into(),
             incarnation: 0,
         };
         // The first machine is built here, so that what cannot be built is an error of this call.
@@ -246,6 +267,8 @@ struct Driver {
     serial: Sink,
     virtio: Sink,
     rebooted: Box<dyn Fn() + Send>,
+    #[allow(dead_code, reason = "network devices take it")]
+    events: EventSink,
     incarnation: u64,
 }
 

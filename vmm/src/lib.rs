@@ -25,6 +25,7 @@ mod device_thread;
 mod driver;
 mod engine;
 mod error;
+mod event;
 mod host_options;
 mod io;
 mod machine;
@@ -33,6 +34,7 @@ mod vcpu_thread;
 
 pub use accelerator::{BackendKind, Choice, HostFacts, choose};
 pub use console::{ConsoleId, ConsoleOutput};
-pub use driver::{RunEnd, Vm, VmHandle, VmOutputs};
+pub use driver::{Resources, RunEnd, Vm, VmHandle, VmOutputs};
 pub use error::VmError;
+pub use event::VmEvent;
 pub use models::{Given, ModelInfo, cpu_models};

@@ -131,6 +131,7 @@ fn run(accelerator: Accelerator, rebuild: impl Fn(&VmHandle, u32) -> Result<u64,
     let mut kernel = tempfile::NamedTempFile::new().unwrap();
     kernel.write_all(&image()).unwrap();
     let mut spec = VmSpec::named("rebuild");
+    spec.networks = Vec::new();
     spec.boot.kernel = Some(kernel.path().to_owned());
     spec.memory = atoll_api_types::ByteSize(16 << 20);
     spec.debug_exit = true;
@@ -146,6 +147,7 @@ fn run(accelerator: Accelerator, rebuild: impl Fn(&VmHandle, u32) -> Result<u64,
             serial: Box::new(move |bytes| sink.lock().unwrap().extend_from_slice(bytes)),
             virtio: Box::new(|_| {}),
             rebooted: Box::new(|| panic!("the guest was reset")),
+            event: Box::new(|event| panic!("{event}")),
             ended: Box::new(move |end| drop(ended.send(end))),
         })
         .unwrap();

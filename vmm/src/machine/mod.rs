@@ -314,6 +314,7 @@ mod tests {
         let mut kernel = tempfile::NamedTempFile::new().unwrap();
         kernel.write_all(&halting_kernel()).unwrap();
         let mut spec = VmSpec::named("t");
+        spec.networks = Vec::new();
         spec.boot.kernel = Some(kernel.path().to_owned());
         spec.memory = ByteSize(16 << 20);
         spec.cpus.cores = 2;

@@ -5,7 +5,7 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use atoll_api_types::{
-    Accelerator, BootSpec, CpuPinning, CpuTopology, DiskSpec, MemorySpec, OnCrash, VmSpec,
+    Accelerator, BootSpec, CpuPinning, CpuTopology, DiskSpec, MemorySpec, NetArgument, OnCrash, VmSpec,
 };
 use atoll_foundation::signals::{Signal, Signals};
 use atoll_foundation::terminal;
@@ -57,6 +57,10 @@ pub(crate) struct Args {
     /// Disk: PATH[,readonly][,format=raw|qcow2]; may be given several times
     #[arg(long = "disk", value_name = "DISK", help_heading = "Machine")]
     disks: Vec<DiskSpec>,
+    /// Network: user, none, tap, macvtap or passt, with options such as user,forward=tcp:2222:22; may be given
+    /// several times
+    #[arg(long = "net", value_name = "NET", help_heading = "Machine")]
+    nets: Vec<NetArgument>,
     /// CPU model; `atoll cpus` lists them
     #[arg(long, value_name = "MODEL", default_value = atoll_api_types::DEFAULT_CPU, help_heading = "Machine")]
     cpu: String,
@@ -102,6 +106,7 @@ enum OnCrashArg {
 
 impl Args {
     fn into_spec(self) -> Result<VmSpec, Failure> {
+        let networks = NetArgument::interfaces(self.nets).map_err(Failure::input)?;
         let boot = match (self.kernel, &self.image) {
             (None, Some(image)) => {
                 return Err(Failure::input(format_args!(
@@ -126,6 +131,7 @@ impl Args {
             pin: self.pin,
             boot,
             disks: self.image.into_iter().chain(self.disks).collect(),
+            networks,
             on_crash: match self.on_crash {
                 OnCrashArg::Exit => OnCrash::Exit,
                 OnCrashArg::Reset => OnCrash::Reset,
@@ -160,6 +166,7 @@ pub(crate) fn run(args: Args) -> VerbResult {
         serial: Box::new(console.sink(ConsoleId::Serial)),
         virtio: Box::new(console.sink(ConsoleId::Virtio)),
         rebooted: Box::new(console.rebooted()),
+        event: Box::new(|event| eprint!("atoll: {event}\r\n")),
         ended: {
             let events = events.clone();
             Box::new(move |end| {
