@@ -18,6 +18,7 @@ use std::sync::Arc;
 
 use crate::disk::{Disk, read_bytes};
 use crate::error::OpenError;
+use crate::nbd;
 use crate::qcow2::{MAGIC, Qcow2Disk};
 use crate::raw::{OpenOptions, RawDisk};
 
@@ -57,13 +58,17 @@ impl FromStr for DiskFormat {
     }
 }
 
-/// Opens an image of the host in the format that the user states, or in the one its name stands for.
+/// Opens an image of the host in the format that the user states, or in the one its name stands for; or an export
+/// of a server, where an address (`nbd://...`, `nbd+unix://...`) is in place of a path.
 pub fn open_disk(
     path: impl AsRef<Path>,
     options: OpenOptions,
     format: Option<DiskFormat>,
 ) -> Result<Arc<dyn Disk>, OpenError> {
     let path = path.as_ref();
+    if let Some(address) = nbd::text_of(path) {
+        return Ok(Arc::new(nbd::open_export(&address, options, format)?));
+    }
     let named = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("qcow2"));
     match format {
         Some(DiskFormat::Qcow2) => Ok(Arc::new(Qcow2Disk::open(path, options)?)),

@@ -13,6 +13,7 @@
 //! * [`file`](mod@file): [`ImageFile`], the seam below the formats, and [`HostFile`];
 //! * [`raw`]: the raw format, its locking and its errors when opening;
 //! * [`qcow2`]: the qcow2 format with backing images, checking and mending;
+//! * [`nbd`]: a disk that a server for network block devices has;
 //! * [`mod@format`]: which of them an image has;
 //! * [`metrics`]: counters of each disk;
 //! * `faulty` (feature `test-utils`): layers for either seam that record a write stream, cut the power at any
@@ -31,6 +32,7 @@ pub mod faulty;
 pub mod file;
 pub mod format;
 pub mod metrics;
+pub mod nbd;
 pub mod qcow2;
 pub mod raw;
 
@@ -39,5 +41,6 @@ pub use error::{DiskError, DiskErrorKind, OpenError};
 pub use file::{HostFile, ImageFile};
 pub use format::{DiskFormat, open_disk};
 pub use metrics::{DiskMetrics, DiskMetricsSnapshot};
+pub use nbd::NbdDisk;
 pub use qcow2::Qcow2Disk;
 pub use raw::{OpenOptions, RawDisk};
