@@ -39,6 +39,7 @@ pub mod terminal;
 pub mod threads;
 pub mod throttle;
 pub mod timerfd;
+pub mod tun;
 pub mod uring;
 pub mod volatile_io;
 
