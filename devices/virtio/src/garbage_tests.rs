@@ -3,11 +3,14 @@
 
 use std::sync::Arc;
 
+use atoll_network::test_utils::pair;
+use atoll_network::{FrameHeader, MacAddress};
 use atoll_pci::PciDevice;
 
 use crate::blk::{Blk, BlkOptions};
 use crate::console::Console;
 use crate::device::VirtioDevice;
+use crate::net::{Net, NetOptions};
 use crate::rng::Rng;
 use crate::testing::{MemoryDisk, RAM_BYTES, Random, Setup, TestDriver, TestMachine, into, out};
 
@@ -19,8 +22,21 @@ fn device(which: u64, machine: &TestMachine) -> Arc<dyn VirtioDevice> {
     match which {
         0 => Blk::new(MemoryDisk::new(64, false), &BlkOptions { queues: 2, ..BlkOptions::default() }),
         1 => Console::new(Arc::new(|_| {}), (80, 25), machine.inputs.clone()),
+        3 => network(),
         _ => Rng::new(machine.inputs.clone()),
     }
+}
+
+/// A network device of two pairs with frames of all sizes waiting for it, whose port fills up at some time.
+fn network() -> Arc<dyn VirtioDevice> {
+    let (port, peer) = pair(2, 4000);
+    let mut r = Random::new(0);
+    for n in 0..4000 {
+        let len = 14 + r.below(if n % 10 == 0 { 60_000 } else { 1500 });
+        peer.send_bytes(n % 2, &FrameHeader::default(), &vec![n as u8; len as usize]);
+    }
+    let options = NetOptions { queue_pairs: 2, ..NetOptions::new(MacAddress([2, 0, 0, 0, 0, 1])) };
+    Net::new(Arc::new(port), &options)
 }
 
 /// An address that is often near something: rings, RAM's end, the end of everything.
@@ -109,6 +125,9 @@ fn plausible_request(r: &mut Random, d: &mut TestDriver) {
         return;
     }
     let queue = r.below(count) as usize;
+    if count == 5 {
+        return plausible_frame(r, d, queue);
+    }
     let header = 0x3_0000;
     let kind = [0, 1, 4, 8, 11, 13, r.bits() as u32][r.below(7) as usize];
     d.store(header, &kind.to_le_bytes());
@@ -120,6 +139,26 @@ fn plausible_request(r: &mut Random, d: &mut TestDriver) {
     d.kick(queue as u16);
 }
 
+/// What a network driver puts into one of its five queues, mostly.
+fn plausible_frame(r: &mut Random, d: &mut TestDriver, queue: usize) {
+    let (header, data, len) = (0x3_0000, address(r, d), length(r));
+    let mut bytes = [0; 16];
+    for byte in &mut bytes {
+        *byte = if r.below(3) == 0 { r.below(8) as u8 } else { 0 };
+    }
+    d.store(header, &bytes);
+    let pieces = match (r.below(8), queue) {
+        (0, _) => vec![out(header, 3), into(header + 64, 1)],
+        (_, 4) => vec![out(header, 2), out(header + 2, r.below(10) as u32), into(header + 64, 1)],
+        (1, 0 | 2) => vec![into(data, len)],
+        (_, 0 | 2) => vec![into(0x5_0000 + r.below(0x1_0000), 12 + r.below(4096) as u32)],
+        (1, _) => vec![out(header, 12), out(data, len)],
+        _ => vec![out(header, 12), out(0x5_0000, r.below(70_000) as u32)],
+    };
+    d.add(queue, &pieces);
+    d.kick(queue as u16);
+}
+
 fn assault(which: u64, seed: u64) -> u64 {
     let machine = TestMachine::new();
     let mut bystander = TestDriver::probe(&machine, Rng::new(machine.inputs.clone()), 15);
@@ -127,7 +166,7 @@ fn assault(which: u64, seed: u64) -> u64 {
     let bystander_buffer = bystander.alloc(16, 16);
     let mut d = TestDriver::probe(&machine, device(which, &machine), 0);
     let memory_start = d.alloc(0, 16);
-    let mut r = Random::new(seed * 3 + which);
+    let mut r = Random::new(seed * 4 + which);
     let mut stopped = 0;
     for _ in 0..OPERATIONS / SEEDS {
         match r.below(12) {
@@ -184,6 +223,12 @@ fn a_console_survives_garbage() {
 #[test]
 fn an_entropy_device_survives_garbage() {
     let stopped: u64 = (0..SEEDS).map(|seed| assault(2, seed)).sum();
+    assert!(stopped > 100, "the garbage must reach the rings: stopped {stopped} times");
+}
+
+#[test]
+fn a_network_device_survives_garbage() {
+    let stopped: u64 = (0..SEEDS).map(|seed| assault(3, seed)).sum();
     assert!(stopped > 100, "the garbage must reach the rings: stopped {stopped} times");
 }
 
