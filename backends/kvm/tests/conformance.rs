@@ -37,16 +37,25 @@ const EMULATED: &[(&str, &str)] = &[
 const TCG: &[(&str, &str)] = &[
     ("modes::reserved_bits_in_tables_fault_with_their_code", "QEMU leaves P out of the code of such a fault"),
     ("modes::stack_references_fault_as_such", "QEMU raises #GP for stack addresses that are not canonical"),
-    (
-        "smp::ipi_ping_pong",
-        "QEMU before 9.1 forgets STI's shadow when it returns to a guest, so a wake-up between STI and HLT is lost",
-    ),
 ];
+
+/// Cases that QEMU's emulated processor passes from version 9.1 on.
+const TCG_BEFORE_9_1: &[(&str, &str)] = &[(
+    "smp::ipi_ping_pong",
+    "QEMU before 9.1 forgets STI's shadow when it returns to a guest, so a wake-up between STI and HLT is lost",
+)];
 
 /// Whether QEMU emulates the processor.
 fn emulated_by_qemu() -> bool {
     let signature = std::arch::x86_64::__cpuid(0x4000_0000);
     std::arch::x86_64::__cpuid(1).ecx >> 31 & 1 != 0 && signature.ebx.to_le_bytes() == *b"TCGT"
+}
+
+/// The emulator's version, which the lab tells; an old one when nobody does.
+fn qemu_version() -> (u32, u32) {
+    let text = std::env::var("KVM_LAB_QEMU_VERSION").unwrap_or_default();
+    let mut parts = text.split('.').map(|part| part.parse().unwrap_or(0));
+    (parts.next().unwrap_or(0), parts.next().unwrap_or(0))
 }
 
 #[test]
@@ -62,6 +71,9 @@ fn kvm_conforms() {
     }
     if emulated_by_qemu() {
         skip.extend(TCG);
+        if qemu_version() < (9, 1) {
+            skip.extend(TCG_BEFORE_9_1);
+        }
     }
     let filter = std::env::var("ATOLL_CONFORMANCE").unwrap_or_default();
     let report = run_matching(&backend, &skip, &filter);

@@ -25,6 +25,9 @@ use crate::random::Random;
 
 /// vCPUs that run the program.
 const HAMMERS: u32 = 2;
+/// How long a calm run goes on by itself: the suite's machine takes one without end for a hang.
+const CALM_RUN: Duration = Duration::from_secs(5);
+
 /// What happened, for the summary.
 #[derive(Debug, Default)]
 pub(crate) struct Statistics {
@@ -300,7 +303,9 @@ fn drive<P: Partition>(shared: &Shared<'_, P>, guest: &mut Guest<P>) {
                 "vCPU {index}, {}: {reason:?}; the last fault was {fault} ({code:#x}) at {rip:#x}, CR2 {address:#x}",
                 way_name(way)
             );
-            note(&shared.wrong, text);
+            // A triple fault can be the processor's view of page tables that are right in memory, or theirs.
+            let tables = [0x1000u64, 0x2000, 0x3000].map(|at| format!("{:#x}", machine.u64_at(at)));
+            note(&shared.wrong, format!("{text}; page tables begin with {}", tables.join(", ")));
             return;
         }
         shared.statistics.stops.fetch_add(1, Ordering::Relaxed);
@@ -376,8 +381,13 @@ fn read_dirt<P: Partition>(shared: &Shared<'_, P>) {
 fn watch<P: Partition>(shared: &Shared<'_, P>, plan: &Plan) {
     let start = Instant::now();
     let mut last = [(0, start); HAMMERS as usize];
+    let mut stopped = start;
     while start.elapsed() < plan.whole && !shared.has_failed() {
         std::thread::sleep(Duration::from_millis(50).min(plan.whole));
+        if plan.calm && stopped.elapsed() > CALM_RUN {
+            (0..=HAMMERS).for_each(|index| shared.machine.stop(index));
+            stopped = Instant::now();
+        }
         for (i, (rounds, since)) in (0..).zip(&mut last) {
             let now = shared.machine.u64_at(place::rounds(i));
             if now != *rounds {

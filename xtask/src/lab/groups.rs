@@ -19,6 +19,7 @@ pub(super) fn all() -> Vec<Group> {
     let group = |name, long, boot| Group { name, long, boot };
     vec![
         group("backend", false, backend),
+        group("hammer-minute", false, hammer_briefly),
         group("guests", false, guests),
         group("hostile", true, hostile),
         group("kernels", true, kernels),
@@ -50,7 +51,16 @@ fn boot(stock: &Stock, patience: u64, files: Vec<(std::path::PathBuf, String)>, 
     }
     script += "for log in /tmp/target/boot/*.log; do [ $failed = 1 ] && [ -f $log ] && echo \"--- $log\" && busybox \
                tail -n 40 $log; done\nexit $failed";
-    Boot { memory: 4096, patience, files, kernel: stock.lab_kernel.clone(), disk: None, script, at_least: 1 }
+    Boot {
+        memory: 4096,
+        cpus: 2,
+        patience,
+        files,
+        kernel: stock.lab_kernel.clone(),
+        disk: None,
+        script,
+        at_least: 1,
+    }
 }
 
 /// A command that is killed after so many seconds.
@@ -62,27 +72,19 @@ fn files_of(tests: &[TestProgram]) -> Vec<(std::path::PathBuf, String)> {
     tests.iter().map(|t| (t.path.clone(), t.inside())).collect()
 }
 
-/// QEMU's emulator does not survive a nested guest's breakpoints: see the lab's README.
-const NOT_IN_THE_LAB: &str = "data breakpoint";
-
-fn hammer_for(stock: &Stock, seconds: u64) -> String {
-    within(
-        seconds + 120,
-        &format!("{HAMMER} --accel {} --seconds {seconds} --except \"{NOT_IN_THE_LAB}\"", stock.accel),
-    )
+/// A boot in which the hammer runs for so long. With one processor: on two, a vCPU of QEMU's emulated SVM sees page
+/// tables as not present at times that are right in memory (the lab's README).
+fn hammering(stock: &Stock, seconds: u64) -> Result<Boot> {
+    let line = within(seconds + 120, &format!("{HAMMER} --accel {} --seconds {seconds}", stock.accel));
+    Ok(Boot { cpus: 1, ..boot(stock, seconds + 300, vec![stock.hammer()?], &[line]) })
 }
 
-/// The backend's own tests with the conformance suite, and a minute of random exits.
+/// The backend's own tests with the conformance suite.
 fn backend(stock: &Stock) -> Result<Boot> {
     let tests = build_tests(&["atoll-kvm"])?;
-    let mut files = files_of(&tests);
-    files.push(stock.hammer()?);
-    let mut lines: Vec<String> = tests
-        .iter()
-        .map(|t| within(900, &format!("{} --test-threads=1 --show-output", t.inside())))
-        .collect();
-    lines.push(hammer_for(stock, 60));
-    Ok(Boot { at_least: 2, ..boot(stock, 1500, files, &lines) })
+    let line = |t: &TestProgram| within(900, &format!("{} --test-threads=1 --show-output", t.inside()));
+    let lines: Vec<String> = tests.iter().map(line).collect();
+    Ok(Boot { at_least: 2, ..boot(stock, 1500, files_of(&tests), &lines) })
 }
 
 /// Runs scenarios of `xtask boot` inside.
@@ -116,9 +118,14 @@ fn debian(stock: &Stock) -> Result<Boot> {
     Ok(Boot { disk: Some(stock.debian()?), ..boot(stock, 3100, stock.guests(&[Cloud61])?, &lines) })
 }
 
+/// A minute of random exits.
+fn hammer_briefly(stock: &Stock) -> Result<Boot> {
+    hammering(stock, 60)
+}
+
 /// Ten minutes of random exits.
 fn hammer(stock: &Stock) -> Result<Boot> {
-    Ok(boot(stock, 900, vec![stock.hammer()?], &[hammer_for(stock, 600)]))
+    hammering(stock, 600)
 }
 
 /// Guests that write garbage everywhere, as on the software CPU.

@@ -14,6 +14,8 @@ use crate::process::root;
 pub(super) struct Boot {
     /// Memory of the lab in MiB.
     pub(super) memory: u32,
+    /// Its processors.
+    pub(super) cpus: u32,
     /// Seconds after which the lab is ended and the group has failed.
     pub(super) patience: u64,
     /// Files and folders, with their paths inside.
@@ -59,7 +61,7 @@ fn command(boot: &Boot) -> Command {
     command.args(["--kill-after=10", &boot.patience.to_string()]);
     command.args(["bash", "-c", "exec bash \"$0\" \"$@\" 2>&1"]);
     command.arg(root().join("testing/kvm-lab/kvm-lab.sh"));
-    command.args(["-c", "2", "-m", &boot.memory.to_string()]);
+    command.args(["-c", &boot.cpus.to_string(), "-m", &boot.memory.to_string()]);
     command.arg("-k").arg(&boot.kernel);
     for (from, to) in &boot.files {
         command.arg("-f").arg(format!("{}:{to}", from.display()));
@@ -112,6 +114,7 @@ mod tests {
     fn boot(at_least: usize) -> Boot {
         Boot {
             memory: 1,
+            cpus: 1,
             patience: 1,
             files: Vec::new(),
             kernel: PathBuf::new(),
