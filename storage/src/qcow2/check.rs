@@ -96,16 +96,14 @@ impl<F: ImageFile> Image<F> {
         if report.is_clean() && self.header.incompatible & DIRTY == 0 {
             return Ok(report);
         }
-        self.prepare_change()?;
+        // Bitmaps describe what the disk holds, which stays the same.
+        self.clear_autoclear(BITMAPS)?;
         self.mend_flags(&references)?;
         self.rebuild_counts(references)?;
         Ok(report)
     }
 
     fn compare(&mut self) -> io::Result<(CheckReport, References)> {
-        if self.header.autoclear & BITMAPS != 0 {
-            return Err(refused("it has persistent bitmaps, which cannot be checked; use 'qemu-img check'"));
-        }
         let mut report = CheckReport::default();
         let references = self.count_references(&mut report)?;
         report.used_clusters = references.iter().count() as u64;
@@ -141,6 +139,12 @@ impl<F: ImageFile> Image<F> {
         let (snapshots, directory) = snapshot::read(&self.file, &self.header, self.file_end)?;
         add(self, self.header.snapshots_offset, directory);
         add(self, self.header.l1_offset, self.l1.len() as u64 * 8);
+        let bitmaps = super::bitmaps::for_ranges(&self.file, &self.header, self.file_end, |at, len| {
+            add(self, at, len);
+        });
+        if let Err(error) = bitmaps {
+            report.damage.push(error.to_string());
+        }
         for snapshot in &snapshots {
             add(self, snapshot.l1_offset, u64::from(snapshot.l1_entries) * 8);
         }

@@ -93,16 +93,20 @@ impl<F: ImageFile> Image<F> {
         if self.prepared {
             return Ok(());
         }
-        if self.header.autoclear != 0 {
-            let before = std::mem::take(&mut self.header.autoclear);
-            let result = self.header.write_changes(&self.file).and_then(|()| self.sync());
-            if let Err(error) = result {
-                self.header.autoclear = before;
-                return Err(error);
-            }
-        }
+        self.clear_autoclear(0)?;
         self.prepared = true;
         Ok(())
+    }
+
+    /// Clears the autoclear features but those to `keep`, durably.
+    pub(super) fn clear_autoclear(&mut self, keep: u64) -> io::Result<()> {
+        let before = self.header.autoclear;
+        if before & !keep == 0 {
+            return Ok(());
+        }
+        self.header.autoclear &= keep;
+        let result = self.header.write_changes(&self.file).and_then(|()| self.sync());
+        result.inspect_err(|_| self.header.autoclear = before)
     }
 }
 

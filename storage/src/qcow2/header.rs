@@ -7,6 +7,7 @@ use std::io;
 
 use vm_memory::VolatileSlice;
 
+use super::bitmaps::Bitmaps;
 use super::layout::{Layout, corrupt, refused};
 use crate::file::ImageFile;
 
@@ -26,6 +27,7 @@ pub(super) const BITMAPS: u64 = 1 << 0;
 
 pub(super) const EXTENSION_BACKING_FORMAT: u32 = 0xe279_2aca;
 const EXTENSION_FEATURE_NAMES: u32 = 0x6803_f857;
+const EXTENSION_BITMAPS: u32 = 0x2385_2875;
 
 /// Limits of what is opened, those of QEMU: bytes of the first-level table and of the table of refcount blocks.
 pub(super) const MAX_L1_BYTES: u64 = 32 << 20;
@@ -61,6 +63,8 @@ pub(super) struct Header {
     pub(super) compression: Compression,
     pub(super) backing_file: Option<String>,
     pub(super) backing_format: Option<String>,
+    /// Persistent bitmaps, consistent or not.
+    pub(super) bitmaps: Option<Bitmaps>,
 }
 
 fn be32(bytes: &[u8], at: usize) -> u32 {
@@ -125,6 +129,7 @@ impl Header {
             compression: Compression::Deflate,
             backing_file: None,
             backing_format: None,
+            bitmaps: None,
         };
         let names = header.read_extensions(first, header_length)?;
         header.check_features(&names)?;
@@ -169,6 +174,11 @@ impl Header {
                     names.extend(data.chunks_exact(48).filter(|entry| entry[0] == 0).map(|entry| {
                         (entry[1], String::from_utf8_lossy(&entry[2..]).trim_end_matches('\0').to_owned())
                     }))
+                }
+                EXTENSION_BITMAPS => {
+                    let data =
+                        data.try_into().map_err(|_| corrupt("its bitmaps extension has a wrong length"))?;
+                    self.bitmaps = Some(Bitmaps::parse(data));
                 }
                 _ => {}
             }
@@ -220,6 +230,11 @@ impl Header {
         };
         self.backing_file = Some(name.to_owned());
         Ok(())
+    }
+
+    /// The bitmaps, if they describe what the disk holds.
+    pub(super) fn consistent_bitmaps(&self) -> Option<Bitmaps> {
+        self.bitmaps.filter(|_| self.autoclear & BITMAPS != 0)
     }
 
     /// First-level entries that the disk's size needs.

@@ -6,12 +6,13 @@
 //!   write        where a write goes, zeroing, discarding             check    counting anew, mending
 //!   image        where a byte is; the order of writes is told here   snapshot their directory
 //!   refcounts    counting clusters, finding free ones     commit     tables to the disk, in order
-//!   cache        tables in memory        header, layout, compression: the format as such
+//!   cache        tables in memory        header, layout, compression, bitmaps: the format as such
 //! ```
 //!
 //! Supported: clusters of 512 bytes to 2 MiB, reference counts of 1 to 64 bits, extended L2 entries, zero
 //! clusters, backing images (raw, qcow2), compressed clusters (deflate, zstd; read, and replaced by plain ones
-//! when written), internal snapshots (listed, and preserved when writing). An image with the dirty bit is
+//! when written), internal snapshots (listed, and preserved when writing), persistent bitmaps (preserved until the
+//! first change of the disk, inconsistent from then on). An image with the dirty bit is
 //! repaired when it is opened for writing; one with the corrupt bit can only be read. Autoclear features are
 //! cleared before the first change. Refused by name: encryption, external data files, unknown incompatible
 //! features.
@@ -23,6 +24,7 @@
 //! Lock: one mutex around the whole state, held for an operation; the backing image's is taken under it, which
 //! has no cycle because chains have none. Specification: QEMU's qcow2 specification.
 
+mod bitmaps;
 mod cache;
 mod check;
 mod commit;

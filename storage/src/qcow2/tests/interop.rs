@@ -23,30 +23,39 @@ pub(super) fn require_qemu_img() -> bool {
     there
 }
 
-fn run(arguments: &[&str]) {
+pub(super) fn run(arguments: &[&str]) {
     let output = qemu_img(arguments);
     assert!(output.status.success(), "qemu-img {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
-struct Images {
+/// A folder of images.
+pub(super) struct Images {
     folder: tempfile::TempDir,
+    sub: &'static str,
 }
 
 impl Images {
-    fn new() -> Self {
-        Self { folder: tempfile::tempdir().unwrap() }
+    pub(super) fn new() -> Self {
+        Self { folder: tempfile::tempdir().unwrap(), sub: "" }
     }
 
-    fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
+    /// With room beside the folder.
+    pub(super) fn in_subfolder() -> Self {
+        let images = Self { sub: "images", ..Self::new() };
+        std::fs::create_dir(images.folder.path().join(images.sub)).unwrap();
+        images
     }
 
-    fn text(&self, name: &str) -> String {
+    pub(super) fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(self.sub).join(name)
+    }
+
+    pub(super) fn text(&self, name: &str) -> String {
         self.path(name).to_str().unwrap().to_owned()
     }
 
     /// Checks an image and compares it with the bytes it should hold.
-    fn agree(&self, name: &str, model: &[u8], what: &str) {
+    pub(super) fn agree(&self, name: &str, model: &[u8], what: &str) {
         std::fs::write(self.path("model"), model).unwrap();
         let output = qemu_img(&["check", "-f", "qcow2", &self.text(name)]);
         assert!(output.status.success(), "{what}: {}", String::from_utf8_lossy(&output.stdout));
@@ -56,12 +65,12 @@ impl Images {
     }
 }
 
-fn writable(path: &Path) -> Qcow2Disk {
+pub(super) fn writable(path: &Path) -> Qcow2Disk {
     Qcow2Disk::open(path, OpenOptions { read_only: false }).unwrap()
 }
 
 /// Options as `qemu-img -o` takes them.
-fn option_text(options: &CreateOptions) -> String {
+pub(super) fn option_text(options: &CreateOptions) -> String {
     let mut text = format!("cluster_size={}", 1u64 << options.cluster_bits);
     if options.version == 2 {
         return text + ",compat=0.10";
@@ -78,7 +87,7 @@ fn option_text(options: &CreateOptions) -> String {
 }
 
 /// Content with runs of zeros and of the same bytes, so that compression and zero clusters occur.
-fn patchy(random: &mut Random, len: u64) -> Vec<u8> {
+pub(super) fn patchy(random: &mut Random, len: u64) -> Vec<u8> {
     let mut bytes = Vec::new();
     while (bytes.len() as u64) < len {
         let run = 1 + random.below(96 << 10);

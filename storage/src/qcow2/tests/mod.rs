@@ -1,6 +1,7 @@
 //! Tests of the format as a whole: against a model, against `qemu-img`, with power cuts, and with damage.
 
 mod bad_images;
+mod corpus;
 mod interop;
 mod model;
 mod power;
