@@ -11,9 +11,12 @@ use std::sync::Arc;
 use atoll_chipset::board::Board;
 use atoll_fuzz::script::Script;
 use atoll_machine::state::{StateReader, StateSection, StateWriter};
+use atoll_network::MacAddress;
+use atoll_network::test_utils::pair;
 use atoll_virtio::blk::{Blk, BlkOptions};
 use atoll_virtio::console::Console;
 use atoll_virtio::device::VirtioDevice;
+use atoll_virtio::net::{Net, NetOptions};
 use atoll_virtio::rng::Rng;
 use atoll_virtio::testing::{MemoryDisk, Setup, TestDriver, TestMachine};
 use atoll_virtio::transport::pci::saved_state::VirtioPciStateV1;
@@ -22,7 +25,7 @@ use prost::Message;
 
 fuzz_target!(init: atoll_fuzz::seeds::plant(seeds()), |data: &[u8]| {
     let Some((choice, rest)) = data.split_first() else { return };
-    match choice % 5 {
+    match choice % 6 {
         0 => raw(rest),
         1 => file(rest),
         which => virtio(which - 2, rest),
@@ -88,7 +91,11 @@ fn device(which: u8, machine: &TestMachine) -> Arc<dyn VirtioDevice> {
     match which {
         0 => Blk::new(MemoryDisk::new(64, false), &BlkOptions { queues: 2, ..BlkOptions::default() }),
         1 => Console::new(Arc::new(|_| {}), (80, 25), machine.inputs.clone()),
-        _ => Rng::new(machine.inputs.clone()),
+        2 => Rng::new(machine.inputs.clone()),
+        _ => {
+            let options = NetOptions { queue_pairs: 2, ..NetOptions::new(MacAddress([2, 0, 0, 0, 0, 1])) };
+            Net::new(Arc::new(pair(2, 4).0), &options)
+        }
     }
 }
 
@@ -140,7 +147,7 @@ fn seeds() -> Vec<Vec<u8>> {
     let mut file = vec![0];
     writer.write_to(&mut file).expect("memory takes everything");
     seeds.push(file);
-    for which in 0..3 {
+    for which in 0..4 {
         let machine = TestMachine::new();
         let (pci, interrupts) = machine.plug(device(which, &machine));
         let mut driver = TestDriver::attach(&machine, pci.clone(), interrupts, 0);
