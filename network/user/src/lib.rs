@@ -4,7 +4,9 @@
 pub mod output;
 pub mod policy;
 pub mod poller;
+pub mod socket;
+pub mod tcp;
 
-pub use output::{Flow4Tuple, Output, TcpFlags, TcpHeader, TcpOptions};
+pub use output::{Flow4Tuple, Output, TcpFlags, TcpHeader, TcpOptions, Unreachable};
 pub use policy::Policy;
 pub use poller::{Owner, Poller, Readiness};

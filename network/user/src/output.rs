@@ -225,6 +225,17 @@ impl TcpHeader {
     }
 }
 
+/// Why a destination cannot be reached (RFC 792, RFC 4443 section 3.1).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unreachable {
+    /// No route to its network.
+    Network,
+    /// Its network is reached, it is not.
+    Host,
+    /// The host forbids it.
+    Prohibited,
+}
+
 /// What takes packets to the guest.
 pub trait Output {
     /// One TCP packet to the guest: the header, and the payload in pieces. With `segment` = `Some(mss)` a payload
@@ -241,6 +252,12 @@ pub trait Output {
 
     /// Largest IP packet that the guest's interface carries, bytes.
     fn mtu(&self) -> u16;
+
+    /// Answers the guest's SYN, of which `header` has the sequence number, with an ICMP or ICMPv6 message that
+    /// quotes it. An output without ICMP lets the guest find out by itself.
+    fn unreachable(&mut self, flow: &Flow4Tuple, header: &TcpHeader, why: Unreachable) {
+        let _ = (flow, header, why);
+    }
 }
 
 #[cfg(test)]
