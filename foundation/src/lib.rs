@@ -9,19 +9,19 @@
 //! * **the process and its surroundings**: [`terminal`], [`threads`], [`host`], [`jail`], [`allocator`];
 //! * **logging**: [`ratelimit`] and the macro [`log_limited!`];
 //! * **limits**: [`throttle`] (operations and bytes per second);
-//! * **sockets**: [`tcp_socket`] (peeking, discarding and queue lengths of TCP sockets).
+//! * **sockets**: [`tcp_socket`] (peeking, discarding and queue lengths of TCP sockets), [`tun`] (tap devices).
 //!
 //! # Lock order
 //!
-//! Few modules hold locks. `uring` and `throttle`: see there. `event_loop`: the source table, then one source's callback; neither is held while
-//! the queue of posted closures is locked, and no lock but a source's own callback is held while a callback
-//! runs. `terminal`: one lock serialising entry and exit of raw mode; nothing else is taken under it.
+//! Few modules hold locks. `uring` and `throttle`: see there. `event_loop`: the source table, then one source's
+//! callback; neither is held while the queue of posted closures is locked, and no lock but a source's own callback
+//! is held while a callback runs. `terminal`: one lock serialising entry and exit of raw mode; nothing else is taken under it.
 //!
 //! # Unsafe code
 //!
 //! Denied except in the modules that call the kernel without a safe wrapper: `mapping`, `terminal`, `signals`,
-//! `file_lock`, `shared_memory`, `tcp_socket`, `volatile_io`, `allocator`, `host::kvm`, `host::rights` and `jail`. Each says
-//! why at its top.
+//! `file_lock`, `shared_memory`, `tcp_socket`, `tun`, `volatile_io`, `allocator`, `host::kvm`, `host::rights` and
+//! `jail`. Each says why at its top.
 
 pub mod allocator;
 pub mod event_loop;

@@ -8,7 +8,9 @@
 
 pub mod header;
 pub mod port;
+mod ready;
 pub mod ring;
+pub mod tap;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod test_utils;
 

@@ -156,6 +156,45 @@ impl Machine {
     }
 }
 
+impl Machine {
+    /// Sends one frame, and a second one about when the other side falls asleep after the first.
+    fn disturb(&mut self, rounds: u32) {
+        let mut random = Random(77);
+        let (mut sent, mut back) = (0, 0);
+        for _ in 0..rounds {
+            for _ in 0..2 {
+                self.send(0, &mut sent, 1, 40, &mut random);
+                // Spread over the microseconds in which the other side wakes, answers and falls asleep.
+                let pause = Duration::from_nanos(random.below(16_000));
+                let start = Instant::now();
+                while start.elapsed() < pause {
+                    std::hint::spin_loop();
+                }
+            }
+            while back < sent {
+                if std::mem::take(&mut self.readable.lock().unwrap()[0]) {
+                    self.receive(0, &mut back);
+                    continue;
+                }
+                let before = Instant::now();
+                self.events.run_once(Some(PATIENCE)).unwrap();
+                assert!(before.elapsed() < PATIENCE, "a wake-up was lost: sent {sent}, back {back}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_frame_that_comes_while_a_side_falls_asleep_wakes_it() {
+    let (port, setup) = ring::create(1, ring::MIN_RING_BYTES).unwrap();
+    let peer = Peer::attach(setup).unwrap();
+    let other = std::thread::spawn(move || echo(peer));
+    let mut machine = Machine::new(port);
+    machine.disturb(100_000);
+    drop(machine);
+    assert_eq!(other.join().unwrap().unwrap(), 200_000);
+}
+
 fn on_two_threads(pairs: u16, count: u32, burst: u64, largest: u64) {
     let (port, setup) = ring::create(pairs, ring::MIN_RING_BYTES).unwrap();
     let peer = Peer::attach(setup).unwrap();
