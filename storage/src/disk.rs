@@ -20,9 +20,15 @@
 //!
 //! # Asynchronous operation
 //!
-//! Calls block. An engine that submits and completes (io_uring) will be a second trait beside this one, with
-//! the same requests and the same rules; a `Disk` driven by worker threads satisfies it too. Nothing here
-//! depends on which thread calls.
+//! Calls block. [`AsyncDisk`](crate::engine::AsyncDisk) is a second trait beside this one, with the same requests
+//! and the same rules, that submits and completes; an [`Engine`](crate::engine::Engine) drives any `Disk` that
+//! way. Nothing here depends on which thread calls.
+//!
+//! A format helps the engine with two things that have defaults: [`Disk::try_read_at`] and
+//! [`Disk::try_write_at`] do now what needs no waiting, and [`Disk::begin_direct`] says where in a host file a
+//! transfer goes, so that the host can carry it out while no thread waits.
+
+use std::os::fd::BorrowedFd;
 
 use atoll_foundation::volatile_io;
 use vm_memory::VolatileSlice;
@@ -53,7 +59,7 @@ pub struct WriteZeroesLimits {
 }
 
 /// What a disk can do; constant while it is open.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Capabilities {
     /// Writes, discards and zeroing are refused.
     pub read_only: bool,
@@ -61,11 +67,38 @@ pub struct Capabilities {
     pub discard: Option<DiscardLimits>,
     /// `None`: zeroing is refused as unsupported.
     pub write_zeroes: Option<WriteZeroesLimits>,
+    /// Whether [`Disk::resize`] can make it larger.
+    pub resize: bool,
+    /// Whether the format has snapshots inside the image, which writing preserves.
+    pub snapshots: bool,
 }
 
-/// A disk of fixed capacity. The module's documentation has the rules.
+/// A transfer that is one piece of a host file. From [`Disk::begin_direct`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Direct {
+    /// [`Operation::Read`] or [`Operation::Write`].
+    pub operation: Operation,
+    /// Where on the disk, in bytes.
+    pub offset: u64,
+    /// How many bytes.
+    pub len: u64,
+    /// Where in the file, in bytes.
+    pub host_offset: u64,
+}
+
+/// How a [`Direct`] transfer ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DirectEnd {
+    /// All bytes were transferred.
+    Done,
+    /// Not all, or an error. What that means is found out by doing it again with [`Disk::read_at`] or
+    /// [`Disk::write_at`], which counts it too.
+    Abandoned,
+}
+
+/// A disk. The module's documentation has the rules.
 pub trait Disk: Send + Sync {
-    /// Size in bytes, a multiple of [`Disk::logical_block_size`].
+    /// Size in bytes, a multiple of [`Disk::logical_block_size`]. Changes with [`Disk::resize`] only.
     fn capacity_bytes(&self) -> u64;
 
     /// The unit in which a device should address this disk, in bytes: a power of two, at least 512. Transfers
@@ -90,6 +123,38 @@ pub trait Disk: Send + Sync {
     /// Makes `len` bytes from byte `offset` read as zero. `unmap` permits releasing their space on the host;
     /// without it they stay allocated as far as the host can do that.
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<(), DiskError>;
+
+    /// Makes the disk `capacity` bytes large; the new bytes read as zero. Durable with the next flush. Smaller than
+    /// it is, or not a multiple of the logical block size: refused.
+    fn resize(&self, capacity: u64) -> Result<(), DiskError> {
+        Err(DiskError::new(DiskErrorKind::Unsupported, Operation::Resize, 0, capacity))
+    }
+
+    /// [`Disk::read_at`] if that needs no waiting, neither for a device nor for another thread. `None`: it would
+    /// wait, or this cannot tell; parts of the buffers may have been filled.
+    fn try_read_at(&self, _offset: u64, _buffers: &[VolatileSlice<'_>]) -> Option<Result<(), DiskError>> {
+        None
+    }
+
+    /// [`Disk::write_at`] if that needs no waiting but what copying to the host's page cache may cost. `None`: it
+    /// would wait, or this cannot tell; nothing was written.
+    fn try_write_at(&self, _offset: u64, _buffers: &[VolatileSlice<'_>]) -> Option<Result<(), DiskError>> {
+        None
+    }
+
+    /// The file that [`Disk::begin_direct`] refers to, the same as long as the disk is open.
+    fn direct_file(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// Where in the file a transfer goes, if all of it is one piece there and nothing but the transfer has to
+    /// happen; never waits. Until [`Disk::end_direct`], which must follow once, that place stays this transfer's.
+    fn begin_direct(&self, _operation: Operation, _offset: u64, _len: u64) -> Option<Direct> {
+        None
+    }
+
+    /// Ends what [`Disk::begin_direct`] began.
+    fn end_direct(&self, _direct: Direct, _end: DirectEnd) {}
 
     /// Counters since it was opened.
     fn metrics(&self) -> &DiskMetrics;

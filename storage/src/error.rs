@@ -46,6 +46,8 @@ pub enum Operation {
     Discard,
     /// [`Disk::write_zeroes`](crate::Disk::write_zeroes)
     WriteZeroes,
+    /// [`Disk::resize`](crate::Disk::resize)
+    Resize,
 }
 
 impl fmt::Display for Operation {
@@ -56,8 +58,24 @@ impl fmt::Display for Operation {
             Self::Flush => "flush",
             Self::Discard => "discard",
             Self::WriteZeroes => "writing zeroes",
+            Self::Resize => "resizing",
         })
     }
+}
+
+/// The cause of an error after which writes may be lost, so that trying again cannot help.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct WritesLost(String);
+
+/// Marks an error of a sync: what was written before may be lost.
+pub(crate) fn writes_lost(error: io::Error) -> io::Error {
+    io::Error::new(error.kind(), WritesLost(error.to_string()))
+}
+
+/// The error of every sync after one that failed.
+pub(crate) fn earlier_flush_failed() -> io::Error {
+    writes_lost(io::Error::other("an earlier flush failed, so writes may have been lost"))
 }
 
 /// A failed disk operation.
@@ -92,6 +110,21 @@ impl DiskError {
         self.operation
     }
 
+    /// Whether doing it again cannot help, because writes that were acknowledged may be lost.
+    pub fn is_final(&self) -> bool {
+        self.source.as_ref().and_then(io::Error::get_ref).is_some_and(|source| source.is::<WritesLost>())
+    }
+
+    /// The same error once more, for another who waited for the same operation.
+    pub fn again(&self) -> Self {
+        let Self { kind, operation, offset, len, .. } = *self;
+        let source = self.source.as_ref().map(|source| {
+            let copy = io::Error::new(source.kind(), source.to_string());
+            if self.is_final() { writes_lost(copy) } else { copy }
+        });
+        Self { kind, operation, offset, len, source }
+    }
+
     fn describe(&self) -> String {
         let what = match self.kind {
             DiskErrorKind::OutOfRange => "is not within the disk",
@@ -102,6 +135,7 @@ impl DiskError {
         };
         let place = match self.operation {
             Operation::Flush => String::new(),
+            Operation::Resize => format!(" to {} bytes", self.len),
             _ => format!(" of {} bytes at byte {}", self.len, self.offset),
         };
         let cause = self.source.as_ref().map(|source| format!(": {source}")).unwrap_or_default();
@@ -216,6 +250,18 @@ mod tests {
         ] {
             assert_eq!(DiskErrorKind::of(&io::Error::from(number)), kind);
         }
+    }
+
+    #[test]
+    fn a_failed_flush_stays_final_for_everybody_who_waited_for_it() {
+        let source = || io::Error::from(rustix::io::Errno::NOSPC);
+        let lost = DiskError::host(writes_lost(source()), Operation::Flush, 0, 0);
+        assert!(lost.is_final() && lost.again().is_final() && lost.again().again().is_final());
+        assert_eq!(lost.kind(), DiskErrorKind::NoSpace);
+        assert_eq!(lost.again().to_string(), lost.to_string());
+        let full = DiskError::host(source(), Operation::Write, 512, 512);
+        assert!(!full.is_final() && !full.again().is_final());
+        assert_eq!((full.again().kind(), full.again().to_string()), (full.kind(), full.to_string()));
     }
 
     #[test]

@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use atoll_foundation::{file_lock, volatile_io};
 use rustix::fs::FallocateFlags;
@@ -28,6 +28,23 @@ pub trait ImageFile: Send + Sync {
 
     /// Makes a range read as zero and keeps it allocated; the size stays.
     fn zero_range(&self, offset: u64, len: u64) -> io::Result<()>;
+
+    /// Makes the file `len` bytes long, which is longer than it is; the new bytes read as zero.
+    fn grow(&self, _len: u64) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// [`ImageFile::read_at`] of all bytes if that needs no waiting for a device. `None`: it would wait or reach the
+    /// end of the file, or this cannot tell; parts of the buffers may have been filled.
+    fn try_read_at(&self, _offset: u64, _buffers: &[VolatileSlice<'_>]) -> Option<()> {
+        None
+    }
+
+    /// The host's descriptor, when reading and writing that is the same as reading and writing this; writes to it
+    /// only fill the page cache.
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
 }
 
 /// A regular file or block device, through the host's page cache.
@@ -83,6 +100,24 @@ impl ImageFile for HostFile {
     fn zero_range(&self, offset: u64, len: u64) -> io::Result<()> {
         self.fallocate(FallocateFlags::ZERO_RANGE, offset, len)
     }
+
+    fn grow(&self, len: u64) -> io::Result<()> {
+        if self.file.metadata()?.file_type().is_file() {
+            return self.file.set_len(len);
+        }
+        // A device is as long as it is; somebody may have made it longer meanwhile.
+        let size = rustix::fs::seek(&self.file, rustix::fs::SeekFrom::End(0))?;
+        let text = format!("the device has {size} bytes; make it longer first");
+        if size >= len { Ok(()) } else { Err(io::Error::new(io::ErrorKind::Unsupported, text)) }
+    }
+
+    fn try_read_at(&self, offset: u64, buffers: &[VolatileSlice<'_>]) -> Option<()> {
+        volatile_io::read_cached_at(&self.file, offset, buffers).map(drop)
+    }
+
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.file.as_fd())
+    }
 }
 
 impl<T: ImageFile + ?Sized> ImageFile for std::sync::Arc<T> {
@@ -104,5 +139,17 @@ impl<T: ImageFile + ?Sized> ImageFile for std::sync::Arc<T> {
 
     fn zero_range(&self, offset: u64, len: u64) -> io::Result<()> {
         (**self).zero_range(offset, len)
+    }
+
+    fn grow(&self, len: u64) -> io::Result<()> {
+        (**self).grow(len)
+    }
+
+    fn try_read_at(&self, offset: u64, buffers: &[VolatileSlice<'_>]) -> Option<()> {
+        (**self).try_read_at(offset, buffers)
+    }
+
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        (**self).descriptor()
     }
 }

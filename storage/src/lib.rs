@@ -2,6 +2,8 @@
 //!
 //! ```text
 //!   device (virtio-blk, NVMe, AHCI)      knows requests, rings, guest memory
+//!        |  AsyncDisk                    the same requests, many under way
+//!   engine (io_uring, threads)           who waits for the host
 //!        |  dyn Disk                     positional transfers, flush, discard, zeroes
 //!   format (raw, qcow2)                  where a byte of the disk is in the image
 //!        |  ImageFile                    positional transfers, sync, holes
@@ -9,6 +11,7 @@
 //! ```
 //!
 //! * [`disk`]: the trait [`Disk`], what it promises about order and durability, and its limits;
+//! * [`engine`]: [`AsyncDisk`], which completes later, over any disk;
 //! * [`error`]: [`DiskError`] with a small stable [`DiskErrorKind`] that a device maps to its own status codes;
 //! * [`file`](mod@file): [`ImageFile`], the seam below the formats, and [`HostFile`];
 //! * [`raw`]: the raw format, its locking and its errors when opening;
@@ -26,6 +29,7 @@
 #![forbid(unsafe_code)]
 
 pub mod disk;
+pub mod engine;
 pub mod error;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod faulty;
@@ -37,6 +41,7 @@ pub mod qcow2;
 pub mod raw;
 
 pub use disk::{Capabilities, DiscardLimits, Disk, WriteZeroesLimits};
+pub use engine::{AsyncDisk, Engine, EngineKind};
 pub use error::{DiskError, DiskErrorKind, OpenError};
 pub use file::{HostFile, ImageFile};
 pub use format::{DiskFormat, open_disk};

@@ -47,6 +47,7 @@ impl DiskMetrics {
             _ if result.is_err() => (&self.errors, None),
             Operation::Read => (&self.reads, Some(&self.read_bytes)),
             Operation::Write => (&self.writes, Some(&self.written_bytes)),
+            Operation::Resize => return result,
             Operation::Flush => (&self.flushes, None),
             Operation::Discard => (&self.discards, Some(&self.discarded_bytes)),
             Operation::WriteZeroes => (&self.zeroes, Some(&self.zeroed_bytes)),

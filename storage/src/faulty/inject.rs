@@ -161,6 +161,11 @@ impl<D: Disk> Disk for FaultyDisk<D> {
         self.inner.write_zeroes(offset, len, unmap)
     }
 
+    fn resize(&self, capacity: u64) -> Result<(), DiskError> {
+        self.pass(Operation::Resize, 0, capacity)?;
+        self.inner.resize(capacity)
+    }
+
     fn metrics(&self) -> &DiskMetrics {
         self.inner.metrics()
     }

@@ -92,6 +92,10 @@ impl<D: Disk> Disk for RecordingDisk<D> {
         Ok(())
     }
 
+    fn resize(&self, capacity: u64) -> Result<(), DiskError> {
+        self.inner.resize(capacity)
+    }
+
     fn metrics(&self) -> &DiskMetrics {
         self.inner.metrics()
     }

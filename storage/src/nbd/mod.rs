@@ -327,6 +327,7 @@ impl Disk for NbdDisk {
             read_only: self.read_only,
             discard: can(SEND_TRIM).then_some(discard),
             write_zeroes: can(SEND_WRITE_ZEROES).then_some(write_zeroes),
+            ..Capabilities::default()
         }
     }
 

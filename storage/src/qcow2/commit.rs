@@ -6,6 +6,7 @@ use vm_memory::VolatileSlice;
 
 use super::image::Image;
 use super::layout::OFFSET_MASK;
+use crate::error::{earlier_flush_failed, writes_lost};
 use crate::file::ImageFile;
 
 /// Released clusters that are remembered at most before a commit gives them back.
@@ -39,9 +40,12 @@ impl<F: ImageFile> Image<F> {
     /// success the next time, so it never succeeds again.
     pub(super) fn sync(&mut self) -> io::Result<()> {
         if self.sync_failed {
-            return Err(io::Error::other("an earlier flush failed, so writes may have been lost"));
+            return Err(earlier_flush_failed());
         }
-        self.file.sync_data().inspect_err(|_| self.sync_failed = true)
+        self.file.sync_data().map_err(|error| {
+            self.sync_failed = true;
+            writes_lost(error)
+        })
     }
 
     /// Commits when much was released, so that the list stays short.

@@ -185,6 +185,8 @@ impl<F: ImageFile> Disk for Qcow2Disk<F> {
             read_only: self.read_only,
             discard: (!self.read_only).then_some(discard),
             write_zeroes: (!self.read_only).then_some(write_zeroes),
+            resize: false,
+            snapshots: true,
         }
     }
 

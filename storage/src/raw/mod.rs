@@ -11,21 +11,27 @@
 //! begin or end at one, discard leaves the rest as it was, and zeroing writes it.
 //!
 //! Durability: a flush is one `fdatasync`. If one fails the host may have dropped the pages it could not write
-//! and would report success the next time, so every later flush of the same opening fails as well.
+//! and would report success the next time, so every later flush of the same opening fails as well. Flushes take
+//! turns: of two at the same time the host would report a loss to one only.
+//!
+//! Growing makes the file longer; a block device must be longer already.
 //!
 //! An image that somebody truncates while it is open gives read errors for what is gone, never zeros.
 
 mod open;
 
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::os::fd::BorrowedFd;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use vm_memory::VolatileSlice;
 
 use crate::disk::{
-    Capabilities, DiscardLimits, Disk, SECTOR_SIZE, WriteZeroesLimits, check_range, total_len,
+    Capabilities, Direct, DirectEnd, DiscardLimits, Disk, SECTOR_SIZE, WriteZeroesLimits, check_range,
+    total_len,
 };
-use crate::error::{DiskError, DiskErrorKind, Operation};
+use crate::error::{DiskError, DiskErrorKind, Operation, earlier_flush_failed, writes_lost};
 use crate::file::{HostFile, ImageFile};
 use crate::metrics::DiskMetrics;
 
@@ -64,11 +70,13 @@ pub struct RawGeometry {
 #[derive(Debug)]
 pub struct RawDisk<F = HostFile> {
     file: F,
+    /// As it was opened; sizes may have grown since.
     geometry: RawGeometry,
-    capacity: u64,
+    file_size: AtomicU64,
+    capacity: AtomicU64,
     metrics: DiskMetrics,
-    /// A flush has failed; see the module's documentation.
-    flush_failed: AtomicBool,
+    /// Whether a flush has failed; held while one runs. See the module's documentation.
+    flush_failed: Mutex<bool>,
     /// The file system refused to punch holes or to zero ranges.
     no_punch_hole: AtomicBool,
     no_zero_range: AtomicBool,
@@ -82,23 +90,29 @@ impl<F: ImageFile> RawDisk<F> {
         Self {
             file,
             geometry,
+            file_size: geometry.file_size.into(),
             capacity: geometry
                 .file_size
                 .checked_next_multiple_of(block)
-                .unwrap_or(u64::MAX - u64::MAX % block),
+                .unwrap_or(u64::MAX - u64::MAX % block)
+                .into(),
             metrics: DiskMetrics::default(),
-            flush_failed: AtomicBool::new(false),
+            flush_failed: Mutex::new(false),
             no_punch_hole: AtomicBool::new(false),
             no_zero_range: AtomicBool::new(false),
         }
     }
 
+    fn capacity(&self) -> u64 {
+        self.capacity.load(Ordering::SeqCst)
+    }
+
     fn read(&self, offset: u64, len: u64, buffers: &[VolatileSlice<'_>]) -> Result<(), DiskError> {
-        check_range(self.capacity, Operation::Read, offset, len)?;
+        check_range(self.capacity(), Operation::Read, offset, len)?;
         let host = |error| DiskError::host(error, Operation::Read, offset, len);
         let count = self.file.read_at(offset, buffers).map_err(host)? as u64;
         if count < len {
-            if offset + count < self.geometry.file_size {
+            if offset + count < self.file_size.load(Ordering::SeqCst) {
                 return Err(host(io::Error::new(
                     io::ErrorKind::UnexpectedEof,
                     "the image is shorter than when it was opened",
@@ -113,7 +127,7 @@ impl<F: ImageFile> RawDisk<F> {
         if self.geometry.read_only {
             return Err(DiskError::new(DiskErrorKind::ReadOnly, operation, offset, len));
         }
-        check_range(self.capacity, operation, offset, len)
+        check_range(self.capacity(), operation, offset, len)
     }
 
     fn flush_file(&self) -> Result<(), DiskError> {
@@ -121,13 +135,35 @@ impl<F: ImageFile> RawDisk<F> {
             return Ok(());
         }
         let failed = |error| DiskError::host(error, Operation::Flush, 0, 0);
-        if self.flush_failed.load(Ordering::Acquire) {
-            return Err(failed(io::Error::other("an earlier flush failed, so writes may have been lost")));
+        let mut flush_failed = self.flush_failed.lock().unwrap_or_else(|e| e.into_inner());
+        if *flush_failed {
+            return Err(failed(earlier_flush_failed()));
         }
         self.file.sync_data().map_err(|error| {
-            self.flush_failed.store(true, Ordering::Release);
-            failed(error)
+            *flush_failed = true;
+            failed(writes_lost(error))
         })
+    }
+
+    fn grow(&self, capacity: u64) -> Result<(), DiskError> {
+        let failed = |kind| DiskError::new(kind, Operation::Resize, 0, capacity);
+        if self.geometry.read_only {
+            return Err(failed(DiskErrorKind::ReadOnly));
+        }
+        if !capacity.is_multiple_of(u64::from(self.geometry.logical_block_size)) || capacity < self.capacity()
+        {
+            return Err(failed(DiskErrorKind::Unsupported));
+        }
+        if capacity > self.capacity() {
+            self.file.grow(capacity).map_err(|e| DiskError::host(e, Operation::Resize, 0, capacity))?;
+            self.file_size.store(capacity, Ordering::SeqCst);
+            self.capacity.store(capacity, Ordering::SeqCst);
+        }
+        Ok(())
+    }
+
+    fn within(&self, offset: u64, len: u64) -> bool {
+        offset.checked_add(len).is_some_and(|end| end <= self.capacity())
     }
 
     /// Punches a hole; `Ok(false)` when the file system cannot.
@@ -225,7 +261,7 @@ fn zero_from(buffers: &[VolatileSlice<'_>], mut skip: u64) {
 
 impl<F: ImageFile> Disk for RawDisk<F> {
     fn capacity_bytes(&self) -> u64 {
-        self.capacity
+        self.capacity()
     }
 
     fn logical_block_size(&self) -> u32 {
@@ -239,7 +275,7 @@ impl<F: ImageFile> Disk for RawDisk<F> {
             .filter(|_| !read_only);
         let write_zeroes = (!read_only)
             .then_some(WriteZeroesLimits { max_bytes: MAX_ZEROES_BYTES, unmap: discard.is_some() });
-        Capabilities { read_only, discard, write_zeroes }
+        Capabilities { read_only, discard, write_zeroes, resize: !read_only, snapshots: false }
     }
 
     fn read_at(&self, offset: u64, buffers: &[VolatileSlice<'_>]) -> Result<(), DiskError> {
@@ -279,6 +315,40 @@ impl<F: ImageFile> Disk for RawDisk<F> {
                 .map_err(|error| DiskError::host(error, Operation::WriteZeroes, offset, len))
         });
         self.metrics.count(Operation::WriteZeroes, len, result)
+    }
+
+    fn resize(&self, capacity: u64) -> Result<(), DiskError> {
+        self.metrics.count(Operation::Resize, 0, self.grow(capacity))
+    }
+
+    fn try_read_at(&self, offset: u64, buffers: &[VolatileSlice<'_>]) -> Option<Result<(), DiskError>> {
+        let len = total_len(buffers);
+        if !self.within(offset, len) {
+            return None;
+        }
+        self.file.try_read_at(offset, buffers)?;
+        Some(self.metrics.count(Operation::Read, len, Ok(())))
+    }
+
+    fn try_write_at(&self, offset: u64, buffers: &[VolatileSlice<'_>]) -> Option<Result<(), DiskError>> {
+        // Copying to the page cache is all that a write to a file is.
+        self.file.descriptor()?;
+        Some(self.write_at(offset, buffers))
+    }
+
+    fn direct_file(&self) -> Option<BorrowedFd<'_>> {
+        self.file.descriptor()
+    }
+
+    fn begin_direct(&self, operation: Operation, offset: u64, len: u64) -> Option<Direct> {
+        let allowed = self.within(offset, len) && (operation == Operation::Read || !self.geometry.read_only);
+        allowed.then_some(Direct { operation, offset, len, host_offset: offset })
+    }
+
+    fn end_direct(&self, direct: Direct, end: DirectEnd) {
+        if end == DirectEnd::Done {
+            let _ = self.metrics.count(direct.operation, direct.len, Ok::<(), DiskError>(()));
+        }
     }
 
     fn metrics(&self) -> &DiskMetrics {

@@ -252,7 +252,7 @@ fn discarding_releases_space_on_the_host() {
 fn a_read_only_disk_refuses_every_change_but_flushes() {
     let (_directory, path) = image(&[5; 1024]);
     let disk = RawDisk::open(&path, READ).unwrap();
-    let none = Capabilities { read_only: true, discard: None, write_zeroes: None };
+    let none = Capabilities { read_only: true, ..Default::default() };
     assert_eq!(disk.capabilities(), none);
     for result in [write_bytes(&disk, 0, &[1; 512]), disk.discard(0, 512), disk.write_zeroes(0, 512, true)] {
         assert_eq!(result.unwrap_err().kind(), DiskErrorKind::ReadOnly);

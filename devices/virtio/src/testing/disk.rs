@@ -55,6 +55,7 @@ impl Disk for MemoryDisk {
             read_only: self.read_only,
             discard: Some(DiscardLimits { granularity: 4096, max_bytes }),
             write_zeroes: Some(WriteZeroesLimits { max_bytes, unmap: true }),
+            ..Capabilities::default()
         }
     }
     fn read_at(&self, mut offset: u64, buffers: &[VolatileSlice<'_>]) -> Result<(), DiskError> {
