@@ -7,6 +7,7 @@
 //! what the internet answers, and a machine's process holds nothing of it but a ring in shared memory.
 
 pub mod header;
+pub mod passt;
 pub mod port;
 mod ready;
 pub mod ring;
