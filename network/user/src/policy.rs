@@ -9,10 +9,54 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
+use crate::config::Addresses;
+
+/// The port of DNS.
+pub const DNS_PORT: u16 = 53;
+
 /// Where flows that a guest opens lead to.
 pub trait Policy {
     /// Where a socket is connected for a guest that addresses `guest_dst`. `None`: refused.
     fn connect_to(&self, guest_dst: SocketAddr) -> Option<SocketAddr>;
+}
+
+/// The policy of a user network.
+#[derive(Clone, Copy, Debug)]
+pub struct NatPolicy {
+    /// Addresses as the guest sees them.
+    pub addresses: Addresses,
+    /// Whether the gateway's address leads to the host's loopback.
+    pub host_loopback: bool,
+    /// Who answers DNS over TCP. May be on the host's loopback: the one thing there that every guest may reach, by
+    /// the DNS server's address and port alone.
+    pub resolver: Option<SocketAddr>,
+}
+
+impl NatPolicy {
+    /// Whether a guest that addresses `guest_dst` is led to the host's loopback on purpose.
+    pub fn means_loopback(&self, guest_dst: IpAddr) -> bool {
+        self.host_loopback && self.addresses.is_gateway(guest_dst)
+    }
+}
+
+impl Policy for NatPolicy {
+    fn connect_to(&self, guest_dst: SocketAddr) -> Option<SocketAddr> {
+        let address = guest_dst.ip();
+        if guest_dst.port() == 0 {
+            return None;
+        }
+        if self.means_loopback(address) {
+            let loopback = match address {
+                IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::LOCALHOST),
+                IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::LOCALHOST),
+            };
+            return Some(SocketAddr::new(loopback, guest_dst.port()));
+        }
+        if self.addresses.is_dns(address) && guest_dst.port() == DNS_PORT {
+            return self.resolver;
+        }
+        (!self.addresses.contains(address) && is_outside(address)).then_some(guest_dst)
+    }
 }
 
 /// Whether an address may be connected to for a guest: an ordinary unicast address that no kernel takes for the
@@ -49,6 +93,33 @@ fn is_outside_v6(address: Ipv6Addr) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_networks_own_addresses_lead_where_they_were_told_to() {
+        let addresses = crate::config::UserNetConfig::default().check().unwrap();
+        let resolver = Some("127.0.0.53:53".parse().unwrap());
+        let closed = NatPolicy { addresses, host_loopback: false, resolver };
+        let open = NatPolicy { host_loopback: true, ..closed };
+        let to = |policy: &NatPolicy, text: &str| {
+            policy.connect_to(text.parse().unwrap()).map(|address| address.to_string())
+        };
+        for (address, loopback) in [
+            ("10.0.2.2:80", "127.0.0.1:80"),
+            ("[fe80::2]:80", "[::1]:80"),
+            ("[fd61:746f:6c6c::2]:80", "[::1]:80"),
+        ] {
+            assert_eq!(to(&closed, address), None);
+            assert_eq!(to(&open, address).as_deref(), Some(loopback));
+        }
+        for policy in [closed, open] {
+            assert_eq!(to(&policy, "10.0.2.3:53").as_deref(), Some("127.0.0.53:53"));
+            assert_eq!(to(&policy, "[fd61:746f:6c6c::3]:53").as_deref(), Some("127.0.0.53:53"));
+            for refused in ["10.0.2.3:54", "10.0.2.9:80", "10.0.2.255:80", "127.0.0.1:80", "1.1.1.1:0"] {
+                assert_eq!(to(&policy, refused), None, "{refused}");
+            }
+            assert_eq!(to(&policy, "1.1.1.1:443").as_deref(), Some("1.1.1.1:443"));
+        }
+    }
 
     #[test]
     fn loopback_has_no_spelling_that_is_outside() {

@@ -23,7 +23,7 @@ pub enum Owner {
     /// Queries on their way to a resolver.
     Dns = 3,
     /// Sockets for ICMP echo.
-    Ping = 4,
+    Echo = 4,
     /// Sockets of port forwards.
     Forward = 5,
 }
@@ -42,7 +42,7 @@ impl Owner {
             1 => Self::Tcp,
             2 => Self::Udp,
             3 => Self::Dns,
-            4 => Self::Ping,
+            4 => Self::Echo,
             5 => Self::Forward,
             _ => return None,
         };
