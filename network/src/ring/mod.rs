@@ -57,7 +57,8 @@
 //! there until the next one. The bell itself is a byte in a pipe: it stays there until the consumer takes it, so
 //! it does not matter whether the consumer already waits. Only the consumer sets the flag; who clears it on the
 //! producer's side rings afterwards, so that a consumer that set it again between the two is woken by that ring,
-//! looks, and sets it once more. A consumer that found something clears the flag itself, at worst too late, which
+//! looks, and sets it once more: a bell is always answered by a look that ends in a frame or in the flag set, also
+//! where it rang for nothing. A consumer that found something clears the flag itself, at worst too late, which
 //! costs a ring too many.
 //!
 //! `producer waits` is the same with the roles exchanged: set when a frame does not fit, looked at when the

@@ -20,8 +20,8 @@ use crate::port::MAX_FRAME;
 /// 1. Poll [`Peer::data_event`] and [`Peer::room_event`] for reading, level-triggered. A hang-up on either
 ///    (`POLLHUP`) means that the machine's process has ended: it stays, so end the connection.
 /// 2. When one is readable: [`Peer::clear_events`] first, then everything else.
-/// 3. [`Peer::next`] on every pair until it gives `None`; only then does the machine ring again for that pair. Who
-///    stops earlier comes back by itself.
+/// 3. [`Peer::next`] on every pair until it gives `None`, also if nothing seems to be there; only then does the
+///    machine ring again for that pair. Who stops earlier comes back by itself.
 /// 4. [`Peer::push`] what there is. After a `false` a room event follows; every pair may then have room.
 /// 5. [`Peer::ring_bells`] before going back to 1.
 ///
@@ -178,8 +178,8 @@ impl Peer {
         offloads_of(word.map_or(0, |word| word.load(Ordering::Relaxed)))
     }
 
-    /// Asks for a room event without having tried a frame, for who found [`Peer::room`] too small. True: half of
-    /// the ring is free already, and no event will come.
+    /// Asks for one room event without having tried a frame, for who found [`Peer::room`] too small. True: half of
+    /// the ring is free already, and no event will come. Who still finds too little after the event asks again.
     #[must_use = "true means that no event will come"]
     pub fn request_room_event(&mut self, pair: u16) -> Result<bool, RingError> {
         let Self { pairs, broken, .. } = self;

@@ -354,7 +354,9 @@ impl Inner {
         let Some((_, listener)) = self.watcher.get() else { return };
         for (index, pair) in self.pairs.iter().enumerate() {
             let readable = match pair.receive.try_lock() {
-                Ok(receiver) => receiver.kept.is_some() || receiver.consumer.has_data(),
+                // Who rang took the wish to be rung back, so it is uttered again where there is nothing. What is wrong
+                // is for `receive` to say.
+                Ok(mut receiver) => receiver.kept.is_some() || receiver.consumer.available() != Ok(false),
                 Err(TryLockError::Poisoned(_)) => false,
                 // Somebody receives, and may just have seen it empty.
                 Err(TryLockError::WouldBlock) => true,

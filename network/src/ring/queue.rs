@@ -239,13 +239,8 @@ impl Consumer {
         Ok(head)
     }
 
-    /// Whether there is something, without any effect. What is wrong is for [`Consumer::next`] to say.
-    pub(super) fn has_data(&self) -> bool {
-        self.look() != Ok(self.tail)
-    }
-
     /// Whether there is a record; if not, the producer will ring when there is one.
-    fn available(&mut self) -> Result<bool, Broken> {
+    pub(super) fn available(&mut self) -> Result<bool, Broken> {
         if self.head != self.tail {
             return Ok(true);
         }

@@ -199,6 +199,25 @@ fn events_name_the_pairs_that_have_something() {
 }
 
 #[test]
+fn a_bell_for_nothing_leaves_the_machine_ready_for_the_next_one() {
+    let (port, mut peer, memory, layout) = open_ring();
+    let mut events = EventLoop::new().unwrap();
+    let seen = watch(&port, &events);
+    peer.push(0, &FrameHeader::default(), &[&[0; 60]]).unwrap();
+    peer.ring_bells();
+    assert!(receive(&port, 0).unwrap().is_some() && receive(&port, 0).unwrap().is_none());
+    // The other side had seen the flag before, clears it only now, and its bell comes after that.
+    let sleeps = layout.place(0, Direction::ToMachine).control + super::layout::control::CONSUMER_SLEEPS;
+    memory.word(sleeps).unwrap().store(0, Ordering::Relaxed);
+    events.run_once(Some(Duration::from_secs(10))).unwrap();
+    assert!(lock(&seen).is_empty());
+    peer.push(0, &FrameHeader::default(), &[&[0; 60]]).unwrap();
+    peer.ring_bells();
+    events.run_once(Some(Duration::from_secs(10))).unwrap();
+    assert_eq!(*lock(&seen), [PortEvent::Readable(0)]);
+}
+
+#[test]
 fn the_end_of_the_peer_is_the_end_of_the_link() {
     let (port, mut peer) = ring(1);
     let mut events = EventLoop::new().unwrap();
