@@ -31,7 +31,8 @@ impl Strict {
         let frames: [Mutex<VecDeque<_>>; 2] = Default::default();
         for (index, bytes) in data.as_chunks::<4>().0.iter().take(64).enumerate() {
             let [kind, start, low, high] = *bytes;
-            let length = usize::from(u16::from_le_bytes([low, high])) >> (kind >> 4 & 7);
+            let least = if kind & 0x80 == 0 { 14 } else { 0 };
+            let length = least + (usize::from(u16::from_le_bytes([low, high])) >> (kind >> 4 & 7));
             let segments = match kind & 7 {
                 1 => Some(SegmentKind::Tcp4),
                 2 => Some(SegmentKind::Tcp6),
@@ -115,7 +116,36 @@ impl Port for Strict {
     }
 }
 
-fuzz_target!(init: atoll_fuzz::seeds::plant(atoll_fuzz::seeds::arbitrary(8, 1500)), |data: &[u8]| {
+/// One driver that does everything right, and some without a plan.
+fn seeds() -> Vec<Vec<u8>> {
+    let mut script = vec![0, 0, 0, 0, 0];
+    for turn in 0..8u8 {
+        let address = [2, 0, 0, turn, 0];
+        for queue in [0, 2] {
+            // A buffer of 2 KiB to be filled.
+            script.extend_from_slice(&[9, queue, 3, 1, 4, 0, 8]);
+            script.extend_from_slice(&address);
+        }
+        // A frame of 100 bytes.
+        script.extend_from_slice(&[9, 1, 2]);
+        script.extend_from_slice(&[0; 16]);
+        script.extend_from_slice(&[12, 1, 0, 100, 0]);
+        script.extend_from_slice(&address);
+        // Receive modes, then both pairs.
+        for command in [[0, turn % 6, 0, 0], [4, 0, 2, 0]] {
+            script.extend_from_slice(&[9, 4, 0]);
+            script.extend_from_slice(&command);
+            script.extend_from_slice(&[0; 12]);
+            script.extend_from_slice(&[if command[0] == 0 { 3 } else { 4 }, 0, 1]);
+        }
+    }
+    let frames = [0, 0, 60, 0, 0x0a, 34, 0, 5].repeat(script.len().div_ceil(24));
+    script.resize(frames.len() * 3, 0xf);
+    let good = [frames, script].concat();
+    [vec![good], atoll_fuzz::seeds::arbitrary(8, 1500)].concat()
+}
+
+fuzz_target!(init: atoll_fuzz::seeds::plant(seeds()), |data: &[u8]| {
     let machine = TestMachine::new();
     let (frames, script) = data.split_at(data.len() / 4);
     let options = NetOptions { queue_pairs: 2, ..NetOptions::new(MacAddress([2, 0, 0, 0, 0, 1])) };

@@ -6,10 +6,15 @@ use std::time::Instant;
 use atoll_foundation::volatile_io::without_bitmap;
 use atoll_network::header::HEADER_BYTES;
 use atoll_network::port::MAX_FRAME;
-use atoll_network::{FrameHeader, Sent};
+use atoll_network::{FrameHeader, PortError, Sent};
+use vm_memory::VolatileSlice;
 
 use super::{Net, NetMetrics, Rules, Sender, features, frame};
 use crate::queue::{Chain, Progress, QueueError, QueueRun};
+
+/// Most pieces of memory given to a port at once. Linux sends at most 18; the host takes 1024 in one call, which
+/// descriptors that cross the borders of memory blocks could exceed.
+const MAX_PIECES: usize = 64;
 
 /// What became of one frame.
 enum Outcome {
@@ -95,8 +100,7 @@ impl Net {
             self.handle().kick_after(2 * queue + 1, delay);
             return Ok(Outcome::Waits);
         }
-        let slices: Vec<_> = chain.readable.slices().iter().map(without_bitmap).collect();
-        match self.port.send(queue, &header, &slices) {
+        match self.hand_to_port(queue, &header, chain) {
             Ok(Sent::Done) => {
                 *sent += 1;
                 NetMetrics::add(&self.metrics.sent_frames, 1);
@@ -114,6 +118,24 @@ impl Net {
         }
         sender.paid.store(false, SeqCst);
         Ok(Outcome::Gone)
+    }
+
+    /// Sends a frame from the guest's buffers, or from a copy if they are in too many pieces for the host.
+    fn hand_to_port(
+        &self,
+        queue: u16,
+        header: &FrameHeader,
+        chain: &mut Chain<'_>,
+    ) -> Result<Sent, PortError> {
+        let pieces = chain.readable.slices();
+        if pieces.len() <= MAX_PIECES {
+            let pieces: Vec<_> = pieces.iter().map(without_bitmap).collect();
+            return self.port.send(queue, header, &pieces);
+        }
+        // At most a frame's length, which was checked.
+        let mut copy = vec![0; chain.readable.remaining() as usize];
+        chain.readable.read(&mut copy);
+        self.port.send(queue, header, &[VolatileSlice::from(&mut copy[..])])
     }
 
     /// The header of a frame of `len` bytes that may be sent, or the counter of why not.

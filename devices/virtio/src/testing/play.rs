@@ -113,19 +113,26 @@ fn register_write(d: &mut TestDriver, s: &mut Script<'_>) {
     d.mmio_write(region + offset, &bytes[..len]);
 }
 
-/// A request of a plausible form: a header, some pieces, a status.
+/// A request of a plausible form: a header, some pieces, a status; the first and the last may be left out, as in
+/// a buffer to be filled and a frame to be sent.
 fn request(d: &mut TestDriver, s: &mut Script<'_>, queue: usize) {
-    let header = d.alloc_bytes(&s.array::<16>());
-    let status = d.alloc(16, 16);
-    let mut pieces = vec![out(header, u32::from(s.u8() & 31))];
+    let form = s.u8();
+    let mut pieces = Vec::new();
+    if form & 1 == 0 {
+        let header = d.alloc_bytes(&s.array::<16>());
+        pieces.push(out(header, u32::from(s.u8() & 31)));
+    }
     for _ in 0..s.u8() & 7 {
         let shape = s.u8();
         let len = u32::from(s.u16()) << (shape & 3);
         let gpa = s.address();
         pieces.push(if shape & 4 == 0 { out(gpa, len) } else { into(gpa, len) });
     }
-    pieces.push(into(status, u32::from(s.u8() & 3)));
-    if s.u8() & 1 == 0 {
+    if form & 2 == 0 || pieces.is_empty() {
+        let status = d.alloc(16, 16);
+        pieces.push(into(status, u32::from(s.u8() & 3)));
+    }
+    if form & 4 == 0 {
         d.add(queue, &pieces);
     } else {
         d.add_indirect(queue, &pieces);
