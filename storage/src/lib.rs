@@ -18,6 +18,7 @@
 //! * [`qcow2`]: the qcow2 format with backing images, checking and mending;
 //! * [`nbd`]: a disk that a server for network block devices has;
 //! * [`mod@format`]: which of them an image has;
+//! * [`images`]: making, inspecting, checking and converting images that are not in use;
 //! * [`metrics`]: counters of each disk;
 //! * `faulty` (feature `test-utils`): layers for either seam that record a write stream, cut the power at any
 //!   point of it, and fail chosen operations.
@@ -35,6 +36,7 @@ pub mod error;
 pub mod faulty;
 pub mod file;
 pub mod format;
+pub mod images;
 pub mod metrics;
 pub mod nbd;
 pub mod qcow2;

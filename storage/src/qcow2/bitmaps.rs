@@ -36,6 +36,11 @@ pub(super) struct Bitmaps {
 }
 
 impl Bitmaps {
+    /// How many there are.
+    pub(super) fn count(&self) -> u32 {
+        self.count
+    }
+
     /// Takes the extension's data apart.
     pub(super) fn parse(data: &[u8; EXTENSION_BYTES]) -> Self {
         let [a, b, c, d, _, _, _, _, rest @ ..] = *data;

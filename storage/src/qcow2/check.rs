@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 
 use super::commit::write_bytes;
-use super::header::{BITMAPS, DIRTY, MAX_REFCOUNT_TABLE_BYTES};
+use super::header::{BITMAPS, CORRUPT, DIRTY, MAX_REFCOUNT_TABLE_BYTES};
 use super::image::{Image, read_table, read_words};
 use super::layout::{COPIED, Entry, Mapping, OFFSET_MASK, corrupt, refused, set_count_at, set_word, word};
 use super::snapshot;
@@ -86,14 +86,14 @@ impl<F: ImageFile> Image<F> {
         Ok(self.compare()?.0)
     }
 
-    /// Mends reference counts and flags and clears the dirty bit. An image with other damage is refused and left
+    /// Mends reference counts and flags and clears the dirty bit and the corrupt one. An image with other damage is refused and left
     /// as it is. Returns what was found before.
     pub(super) fn repair(&mut self) -> io::Result<CheckReport> {
         let (report, references) = self.compare()?;
         if let Some(first) = report.damage.first() {
             return Err(corrupt(format_args!("{first}; this cannot be repaired")));
         }
-        if report.is_clean() && self.header.incompatible & DIRTY == 0 {
+        if report.is_clean() && self.header.incompatible & (DIRTY | CORRUPT) == 0 {
             return Ok(report);
         }
         // Bitmaps describe what the disk holds, which stays the same.
@@ -291,7 +291,7 @@ impl<F: ImageFile> Image<F> {
         self.sync()?;
         self.header.refcount_table_offset = first_table * cluster;
         self.header.refcount_table_clusters = table_clusters as u32;
-        self.header.incompatible &= !DIRTY;
+        self.header.incompatible &= !(DIRTY | CORRUPT);
         self.header.write_changes(&self.file)?;
         self.sync()?;
         for cluster in old_blocks.into_iter().chain(old_table) {

@@ -6,6 +6,7 @@
 //!   write        where a write goes, zeroing, discarding             check    counting anew, mending
 //!   image        where a byte is; the order of writes is told here   snapshot their directory
 //!   refcounts    counting clusters, finding free ones     commit     tables to the disk, in order
+//!   inspect      images by themselves, without what is behind them
 //!   cache        tables in memory        header, layout, compression, bitmaps: the format as such
 //! ```
 //!
@@ -32,6 +33,7 @@ mod compression;
 mod create;
 mod header;
 mod image;
+mod inspect;
 mod layout;
 mod open;
 mod refcounts;
@@ -54,6 +56,8 @@ pub use check::CheckReport;
 pub use create::{CreateOptions, create, format_image};
 pub use header::Compression;
 pub(crate) use header::MAGIC;
+pub(crate) use inspect::inspect_file;
+pub use inspect::{Qcow2Info, check_file, repair_file};
 pub use snapshot::Snapshot;
 
 use header::{DIRTY, Header};

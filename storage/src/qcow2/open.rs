@@ -100,12 +100,12 @@ fn open_backing(
 }
 
 /// A path as the image means it: relative to the folder in which the image is, links followed.
-fn resolve(image: &Path, name: &str) -> PathBuf {
+pub(super) fn resolve(image: &Path, name: &str) -> PathBuf {
     let real = std::fs::canonicalize(image).unwrap_or_else(|_| image.to_owned());
     real.parent().map_or_else(|| PathBuf::from(name), |folder| folder.join(name))
 }
 
-fn describe(path: &Path, error: io::Error) -> OpenError {
+pub(super) fn describe(path: &Path, error: io::Error) -> OpenError {
     let path = path.to_owned();
     match error.kind() {
         io::ErrorKind::InvalidData => OpenError::Corrupt { path, reason: error.to_string() },

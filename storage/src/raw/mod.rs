@@ -36,7 +36,7 @@ use crate::file::{HostFile, ImageFile};
 use crate::metrics::DiskMetrics;
 
 pub use open::OpenOptions;
-pub(crate) use open::open_and_lock;
+pub(crate) use open::{open_and_lock, open_to_look};
 
 /// The most one discard releases: it is quick on any file system, but should not take for ever.
 const MAX_DISCARD_BYTES: u64 = 1 << 30;

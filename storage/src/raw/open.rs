@@ -86,6 +86,18 @@ pub(crate) fn open_and_lock(path: &Path, options: OpenOptions) -> Result<(File, 
     Ok((file, metadata))
 }
 
+/// Opens an image of any format to look at it, without a lock.
+pub(crate) fn open_to_look(path: &Path) -> Result<(File, Metadata), OpenError> {
+    let options = OpenOptions { read_only: true };
+    let error = |error| open_error(path, options, error);
+    check_type(path, &std::fs::metadata(path).map_err(error)?)?;
+    let flags = OFlags::NONBLOCK.bits() as i32;
+    let file = File::options().read(true).custom_flags(flags).open(path).map_err(error)?;
+    let metadata = file.metadata().map_err(error)?;
+    check_type(path, &metadata)?;
+    Ok((file, metadata))
+}
+
 fn check_type(path: &Path, metadata: &Metadata) -> Result<(), OpenError> {
     let kind = metadata.file_type();
     if kind.is_dir() {
