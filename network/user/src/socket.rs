@@ -72,10 +72,19 @@ impl TcpSocket {
         }
     }
 
-    /// Hands `data` to the host's kernel and returns how many bytes it took.
-    pub fn send(&self, data: &[u8]) -> io::Result<usize> {
-        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+    /// Hands `data` to the host's kernel and returns how many bytes it took. With `more`, others follow soon: a
+    /// segment that is not full waits for them, or for [`TcpSocket::push`].
+    pub fn send(&self, data: &[u8], more: bool) -> io::Result<usize> {
+        let mut flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+        flags.set(SendFlags::MORE, more);
         Ok(rustix::io::retry_on_intr(|| rustix::net::send(&self.fd, data, flags))?)
+    }
+
+    /// Nothing follows for now: what waits is sent.
+    pub fn push(&self) {
+        // Setting the option again, which is set, has the kernel send what it has (tcp(7)). An error would be the
+        // connection's, of which the next call tells.
+        let _ = sockopt::set_tcp_nodelay(&self.fd, true);
     }
 
     /// How full the send queue is.

@@ -104,6 +104,8 @@ pub(super) struct Flow {
     pub(super) acks_due: u8,
     /// The send queue may have changed since the window was measured.
     pub(super) stale_window: bool,
+    /// What was given to the kernel waits there for more.
+    pub(super) unsent: bool,
     /// The kernel did not take all of a segment; the guest has to send again.
     pub(super) pinched: bool,
     /// The poller was asked to tell when the send queue has room again.
@@ -157,6 +159,7 @@ impl Flow {
             typical: 1460,
             acks_due: 0,
             stale_window: true,
+            unsent: false,
             pinched: false,
             armed: false,
             guest_ended: false,
@@ -320,13 +323,15 @@ impl Flow {
         self.armed = cx.poller.watch(rustix::fd::AsFd::as_fd(&self.socket), token, true, true, true).is_ok();
     }
 
-    /// Hands `data` to the host's kernel; `None` if the connection is broken.
-    pub(super) fn give(&mut self, data: &[u8], metrics: &mut Metrics) -> Option<usize> {
+    /// Hands `data` to the host's kernel; `None` if the connection is broken. With `more` the guest has more to
+    /// send at once: the kernel need not make packets of it before the flow is next served.
+    pub(super) fn give(&mut self, data: &[u8], more: bool, metrics: &mut Metrics) -> Option<usize> {
         let length = u32::try_from(data.len()).unwrap_or(u32::MAX);
         self.typical = length.max(self.typical - self.typical / 8).max(1);
         let mut done = 0;
+        self.unsent = more;
         while let Some(rest) = data.get(done..).filter(|rest| !rest.is_empty()) {
-            match self.socket.send(rest) {
+            match self.socket.send(rest, more) {
                 Ok(0) => break,
                 Ok(count) => done += count,
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => break,

@@ -252,7 +252,8 @@ impl Flow {
             return Fate::Keep;
         }
         let payload = payload.get(known..).unwrap_or_default();
-        let Some(taken) = self.give(payload, metrics) else { return Fate::Abort };
+        let more = !fin && !header.flags.has(TcpFlags::PSH);
+        let Some(taken) = self.give(payload, more, metrics) else { return Fate::Abort };
         self.expected = self.expected.wrapping_add(taken as u32);
         self.stale_window = true;
         self.ack_once();

@@ -58,16 +58,20 @@
 //! The peer's window (`tcpi_snd_wnd`) is not looked at: it is told by no event when it opens, and when it is
 //! closed the send queue fills, which is.
 //!
-//! A guest's keep-alive probes are answered here; the first has the host's kernel probe the peer as often.
+//! A segment without PSH has others behind it: the kernel is told (MSG_MORE), and to go on with what it has when
+//! the flow is served at the end of the batch.
+//!
+//! A guest's keep-alive probes are answered here; the first has the host's kernel probe the peer after as long a
+//! silence.
 //! Urgent pointers are ignored, urgent bytes of the peer stay in the stream.
 //!
 //! # Waiting for sockets
 //!
 //! Sockets are watched edge-triggered, for both directions, once. Peeked bytes stay in the queue, so a level would
 //! fire until the guest acknowledges: reading would have to be switched off with the first byte in flight and on
-//! with the last acknowledgement, and nothing would tell about bytes that come meanwhile. Each switch is an
-//! `epoll_ctl` (0.3 µs measured) and each batch takes two, beside a peek of 3 µs; with edges there is none but one
-//! when the send queue gets short (see `Flow::arm`).
+//! with the last acknowledgement, and nothing would tell about bytes that come meanwhile. Two changes of interest
+//! for each batch take 1.2 µs where a peek of 60,000 bytes takes 1.7; with edges there is none, but for one when
+//! the send queue gets short (see `Flow::arm`).
 //!
 //! # A hostile guest
 //!
@@ -78,7 +82,18 @@
 //!
 //! # Measured
 //!
-//! See `network/user/examples/tcp_throughput.rs`.
+//! With `network/user/examples/tcp_throughput.rs`, one connection over the loopback of a busy host with two EPYC
+//! processors, of which the peer has one; best and typical of several runs. The time is of the table's thread,
+//! with the copy of each packet into a ring's worth of memory.
+//!
+//! ```text
+//! host to guest, packets of 64 KiB      2.1 - 2.9 GB/s    0.2 - 0.3 s of processor for a gigabyte
+//! host to guest, 1,460 bytes each       1.8 - 2.5 GB/s    0.25 - 0.3 s
+//! guest to host, packets of 64 KiB      2.2 - 3.6 GB/s    0.06 - 0.1 s
+//! guest to host, 1,460 bytes each       0.9 GB/s          0.57 s   (a system call each, 0.8 µs)
+//! opened, connected and reset           30 µs of processor each
+//! a flow                                459 bytes, with its share of all tables
+//! ```
 
 mod flow;
 mod from_guest;

@@ -48,6 +48,10 @@ impl Flow {
             }
             self.consumed = acknowledged;
         }
+        if self.unsent {
+            self.unsent = false;
+            self.socket.push();
+        }
         if self.acks_due > 0 && self.stale_window {
             self.measure_window(cx);
         }

@@ -33,7 +33,7 @@ fn act() -> impl Strategy<Value = Act> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
     #[test]
     fn any_segments_leave_the_table_whole(acts in proptest::collection::vec(act(), 1..80)) {
         let (listener, address) = listener();

@@ -201,7 +201,7 @@ fn nothing_at_all_is_a_transfer_too() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, max_shrink_iters: 20, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 12, max_shrink_iters: 20, ..ProptestConfig::default() })]
     #[test]
     fn a_bad_wire_carries_everything(
         seed in any::<u64>(),
