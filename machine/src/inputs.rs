@@ -60,6 +60,11 @@ impl InputGate {
         if self.recording.load(Ordering::Relaxed) { self.recorder.get() } else { None }
     }
 
+    /// Whether inputs are recorded or replayed, so that nothing may write guest memory but inside a delivery.
+    pub fn is_recorded(&self) -> bool {
+        self.recorder().is_some()
+    }
+
     /// Lets `delivery` happen: now in an ordinary run, at a countable boundary in a recorded one.
     pub fn deliver(&self, kind: InputKind, delivery: impl FnOnce() + Send + 'static) {
         match self.recorder() {

@@ -142,6 +142,15 @@ pub trait VirtioDevice: Send + Sync {
     /// error stops the device until the driver resets it.
     fn process_queue(&self, index: u16, run: &mut QueueRun<'_>) -> Result<Progress, QueueError>;
 
+    /// Waits until nothing that the device began outside a run, such as a transfer to or from guest memory, is under
+    /// way. No queue is being processed.
+    fn drain(&self) {}
+
+    /// Hands back what has ended in queue `index`, and takes nothing new: the end of a pause.
+    fn finish_queue(&self, _index: u16, _run: &mut QueueRun<'_>) -> Result<(), QueueError> {
+        Ok(())
+    }
+
     /// The device's own saved state, encoded.
     fn save(&self) -> Vec<u8>;
 
@@ -182,6 +191,20 @@ impl DeviceHandle {
             Some(core) => core.input(kind, change),
             None => change(),
         }
+    }
+
+    /// Has queue `index` processed on this thread, as an input to the machine, for what ended outside a run. Returns
+    /// at once if the queue is being processed; whoever does that looks again.
+    pub fn ended(&self, index: u16) {
+        if let Some(core) = self.core.upgrade() {
+            core.rung(index);
+        }
+    }
+
+    /// Whether inputs are recorded: nothing but a run may write guest memory then, so a device begins nothing that
+    /// ends outside one.
+    pub fn is_recorded(&self) -> bool {
+        self.core.upgrade().is_some_and(|core| core.is_recorded())
     }
 
     /// Has queue `index` processed by the device's thread after `delay` of host time, or earlier if something else

@@ -93,9 +93,15 @@ impl GuestMemory {
         gpa: impl ToGpa,
         len: u64,
     ) -> Result<Vec<VolatileSlice<'static, PageNotes>>, MemoryError> {
-        let view = self.space.view();
+        self.space.view().slices(gpa.to_gpa(), len)
+    }
+}
+
+impl FlatView {
+    /// The `len` bytes of RAM at `gpa` in this view; see [`GuestMemory::slices`].
+    pub fn slices(&self, gpa: u64, len: u64) -> Result<Vec<VolatileSlice<'static, PageNotes>>, MemoryError> {
         let mut slices = Vec::new();
-        view.walk_ram(gpa.to_gpa(), len, false, |block, offset, len| {
+        self.walk_ram(gpa, len, false, |block, offset, len| {
             slices.push(block.owned_slice(offset, len)?);
             Ok(())
         })?;

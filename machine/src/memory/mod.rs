@@ -19,6 +19,7 @@
 
 mod address_space;
 mod backing;
+mod buffers;
 mod guest;
 mod mapping;
 mod ram;
@@ -27,6 +28,7 @@ mod view;
 
 pub use address_space::{AddressSpace, RegionId, Transaction, ViewListener};
 pub use backing::{RamOptions, RamPages};
+pub use buffers::GuestBuffers;
 pub use guest::{GuestMemory, ToGpa};
 pub use ram::{
     DirtyPages, DirtyReader, MAX_BLOCK_SIZE, PAGE_DIRTY_WANTED, PAGE_HAS_CODE, PAGE_SIZE, PageNotes, RamBlock,

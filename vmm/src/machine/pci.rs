@@ -106,7 +106,8 @@ pub(super) fn build(
     builder.virtio("rng", RNG, Rng::new(common.inputs.clone()))?;
     for (index, disk) in (0..).zip(&config.disks) {
         let queues = config.topology.cpus().min(64) as u16;
-        let blk = Blk::new(disk.disk.clone(), &BlkOptions { serial: disk.serial.clone(), queues });
+        let options = BlkOptions { serial: disk.serial.clone(), queues, ..BlkOptions::default() };
+        let blk = Blk::new(disk.disk.clone(), &options);
         builder.virtio(&format!("blk{index}"), FIRST_DISK + index, blk)?;
     }
     let windows = AssignWindows {

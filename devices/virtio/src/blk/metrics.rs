@@ -15,6 +15,7 @@ pub struct BlkMetrics {
     pub(super) identifications: AtomicU64,
     pub(super) refused: AtomicU64,
     pub(super) errors: AtomicU64,
+    pub(super) kept: AtomicU64,
 }
 
 /// The counters at one moment.
@@ -40,6 +41,8 @@ pub struct BlkMetricsSnapshot {
     pub refused: u64,
     /// Requests that the disk failed.
     pub errors: u64,
+    /// Times that a request was kept because of an error of the host.
+    pub kept: u64,
 }
 
 impl BlkMetrics {
@@ -61,6 +64,7 @@ impl BlkMetrics {
             identifications: get(&self.identifications),
             refused: get(&self.refused),
             errors: get(&self.errors),
+            kept: get(&self.kept),
         }
     }
 }

@@ -1,29 +1,45 @@
 //! The block device (VIRTIO 1.2, section 5.2).
 //!
-//! Data goes straight between the disk and guest memory. A vCPU thread carries out short reads and writes itself;
-//! flushes, discards, zeroing and transfers above [`INLINE_BYTES`] go to the device's thread. What a request means
-//! is in `request`; what a flush promises is [`atoll_storage::Disk`]'s.
+//! ```text
+//!  ring ──take──► throttle ──► no waiting needed? ─yes─► done at once, on the thread that notified
+//!   ▲                 │ later       │ no
+//!   │                 ▼             ▼
+//!   │          put back, timer   engine: many under way, ended in any order, on other threads
+//!   │                                │ ended                    │ no space, host error
+//!   └──hand back──◄── `ended` ◄──────┴────────◄── again ◄── kept until told (`Blk::retry`)
+//! ```
+//!
+//! Data goes straight between the disk and guest memory; a request owns what it needs of both until it is handed
+//! back. A flush covers the writes that were handed back before it was taken, as a driver may expect (5.2.6.2). What
+//! a request means is in `request`, its way through the engine in `flight`; what a flush promises is
+//! [`atoll_storage::Disk`]'s.
 //!
 //! A driver that does not accept VIRTIO_BLK_F_FLUSH gets a disk that writes through (5.2.6.2): each write is
-//! flushed before it is reported.
+//! flushed before it is reported. A machine that records its inputs carries out everything inside the run.
+//!
+//! Lock order: a queue's lock (the transport's), then one of this device's, which are leaves.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, Weak};
 
-use atoll_storage::Disk;
+use atoll_foundation::throttle::{RateLimits, Throttle};
+use atoll_storage::{AsyncDisk, Disk, DiskError, Engine};
 use prost::Message;
 
 use crate::device::{DeviceHandle, DeviceKind, RestoreError, VirtioDevice, read_bytes_at};
+use crate::lock;
 use crate::queue::{Progress, QueueError, QueueRun};
 
+mod flight;
 pub mod metrics;
 mod request;
 pub mod saved_state;
 #[cfg(test)]
 mod tests;
 
+use flight::Flight;
 use metrics::BlkMetrics;
-use saved_state::BlkStateV1;
+use saved_state::{BlkStateV1, TakenRequestV1};
 
 /// Bytes of a disk's serial number (5.2.6.1).
 pub const SERIAL_BYTES: usize = 20;
@@ -31,8 +47,8 @@ pub const SERIAL_BYTES: usize = 20;
 pub const QUEUE_SIZE: u16 = 256;
 /// Most queues: as many as Linux can use with 64 vCPUs, far below what the notification page holds.
 pub const MAX_QUEUES: u16 = 64;
-/// Longest transfer that a vCPU thread carries out itself.
-pub const INLINE_BYTES: u64 = 1 << 20;
+/// Longest transfer that the thread that notified carries out itself, if it need not wait for the device.
+pub const INLINE_BYTES: u64 = 64 << 10;
 
 /// Largest buffer of a request.
 const SIZE_MAX: u32 = 1 << 20;
@@ -55,40 +71,108 @@ mod feature {
     pub(super) const WRITE_ZEROES: u64 = 1 << 14;
 }
 
-/// How a disk appears to the guest.
-#[derive(Clone, Debug)]
+/// Called when requests were kept because of an error of the host, with the first one's.
+pub type OnTrouble = Arc<dyn Fn(&DiskError) + Send + Sync>;
+
+/// How a disk appears to the guest, and how it is driven.
+#[derive(Clone)]
 pub struct BlkOptions {
     /// Serial number, cut to [`SERIAL_BYTES`].
     pub serial: String,
     /// Request queues, 1 to [`MAX_QUEUES`]: usually one a vCPU.
     pub queues: u16,
+    /// What reads and writes may use of the disk. Discards and zeroing count as operations without bytes, flushes
+    /// not at all.
+    pub limits: RateLimits,
+    /// With it, a request that fails for lack of space or by an error of the host is kept, not reported to the guest,
+    /// and this is called; [`Blk::retry`] has the request carried out again. It is called on any thread and must not
+    /// wait for the device.
+    pub on_trouble: Option<OnTrouble>,
+    /// Whether the thread that notifies carries out what needs no waiting.
+    pub inline: bool,
 }
 
 impl Default for BlkOptions {
     fn default() -> Self {
-        Self { serial: String::new(), queues: 1 }
+        Self {
+            serial: String::new(),
+            queues: 1,
+            limits: RateLimits::default(),
+            on_trouble: None,
+            inline: true,
+        }
     }
 }
 
 /// A block device over a [`Disk`].
 pub struct Blk {
+    me: Weak<Self>,
     disk: Arc<dyn Disk>,
+    engine: Arc<dyn AsyncDisk>,
     serial: [u8; SERIAL_BYTES],
     queue_sizes: Vec<u16>,
+    inline: bool,
     write_through: AtomicBool,
+    throttle: Throttle,
+    on_trouble: Option<OnTrouble>,
+    handle: Mutex<DeviceHandle>,
+    flight: Flight,
     metrics: BlkMetrics,
 }
 
 impl Blk {
-    /// A block device over `disk`. It is read-only when the disk is.
+    /// A block device over `disk`, with an engine of its own. It is read-only when the disk is.
     pub fn new(disk: Arc<dyn Disk>, options: &BlkOptions) -> Arc<Self> {
+        Self::with_engine(Engine::auto(disk), options)
+    }
+
+    /// A block device over the disk of `engine`, which nobody else submits to.
+    pub fn with_engine(engine: Arc<dyn AsyncDisk>, options: &BlkOptions) -> Arc<Self> {
         let mut serial = [0; SERIAL_BYTES];
         for (to, from) in serial.iter_mut().zip(options.serial.bytes()) {
             *to = from;
         }
         let queue_sizes = vec![QUEUE_SIZE; usize::from(options.queues.clamp(1, MAX_QUEUES))];
-        let write_through = AtomicBool::new(false);
-        Arc::new(Self { disk, serial, queue_sizes, write_through, metrics: BlkMetrics::default() })
+        Arc::new_cyclic(|me| Self {
+            me: me.clone(),
+            disk: engine.disk().clone(),
+            engine,
+            serial,
+            flight: Flight::new(queue_sizes.len()),
+            queue_sizes,
+            inline: options.inline,
+            write_through: AtomicBool::new(false),
+            throttle: Throttle::new(options.limits),
+            on_trouble: options.on_trouble.clone(),
+            handle: Mutex::default(),
+            metrics: BlkMetrics::default(),
+        })
+    }
+
+    /// What reads and writes may use.
+    pub fn limits(&self) -> RateLimits {
+        self.throttle.limits()
+    }
+
+    /// Changes what reads and writes may use, at once.
+    pub fn set_limits(&self, limits: RateLimits) {
+        self.throttle.set(limits);
+        // What waits for the old limits need not any more.
+        let handle = self.handle();
+        for index in 0..self.queue_sizes.len() {
+            handle.kick(index as u16);
+        }
+    }
+
+    /// Makes the disk `capacity` bytes large and tells the driver.
+    pub fn resize(&self, capacity: u64) -> Result<(), DiskError> {
+        self.disk.resize(capacity)?;
+        self.handle().config_changed();
+        Ok(())
+    }
+
+    fn handle(&self) -> DeviceHandle {
+        lock(&self.handle).clone()
     }
 
     /// Counters.
@@ -157,23 +241,43 @@ impl VirtioDevice for Blk {
 
     fn config_write(&self, _offset: u64, _data: &[u8]) {}
 
-    fn activate(&self, features: u64, _handle: &DeviceHandle) {
+    fn activate(&self, features: u64, handle: &DeviceHandle) {
         self.write_through.store(features & feature::FLUSH == 0, Ordering::SeqCst);
+        *lock(&self.handle) = handle.clone();
     }
 
     fn reset(&self) {
+        self.engine.drain();
+        self.flight.forget();
         self.write_through.store(false, Ordering::SeqCst);
     }
 
-    fn process_queue(&self, _index: u16, run: &mut QueueRun<'_>) -> Result<Progress, QueueError> {
-        run.pump(|chain, inline| self.request(chain, inline))
+    fn process_queue(&self, index: u16, run: &mut QueueRun<'_>) -> Result<Progress, QueueError> {
+        self.hand_back(index, run)?;
+        self.take_restored(index, run)?;
+        let handle = self.handle();
+        let size = usize::from(run.size());
+        run.pump(|chain, inline| self.request(index, size, chain, inline, &handle))
+    }
+
+    fn drain(&self) {
+        self.engine.drain();
+    }
+
+    fn finish_queue(&self, index: u16, run: &mut QueueRun<'_>) -> Result<(), QueueError> {
+        self.hand_back(index, run)
     }
 
     fn save(&self) -> Vec<u8> {
+        let taken = |(queue, head): (u16, u16)| TakenRequestV1 {
+            queue: Some(u32::from(queue)),
+            head: Some(u32::from(head)),
+        };
         let state = BlkStateV1 {
             capacity_sectors: Some(self.sectors()),
             read_only: Some(self.disk.capabilities().read_only),
             block_size: Some(self.disk.logical_block_size()),
+            taken: self.flight.taken().into_iter().map(taken).collect(),
         };
         state.encode_to_vec()
     }
@@ -189,6 +293,9 @@ impl VirtioDevice for Blk {
         let block_size = u64::from(self.disk.logical_block_size());
         check("disk block size", saved.block_size.map(u64::from), block_size)?;
         let read_only = u64::from(self.disk.capabilities().read_only);
-        check("read-only property of a disk", saved.read_only.map(u64::from), read_only)
+        check("read-only property of a disk", saved.read_only.map(u64::from), read_only)?;
+        let number = |n: Option<u32>| n.unwrap_or(0) as u16;
+        self.flight.restore(saved.taken.iter().map(|taken| (number(taken.queue), number(taken.head))));
+        Ok(())
     }
 }

@@ -7,14 +7,16 @@
 //! Where the pieces are cut into descriptors is the driver's choice (2.7.4). A request that has a place for the
 //! status gets one, whatever else is wrong with it; one that has none stops the device.
 
-use std::sync::atomic::Ordering;
+use std::sync::Arc;
+use std::time::Instant;
 
-use atoll_foundation::log_limited;
-use atoll_storage::disk::{read_tracked, write_tracked};
+use atoll_foundation::uring::TransferBuffers;
 use atoll_storage::{DiskError, DiskErrorKind};
 
+use super::flight::{Request, Work};
 use super::metrics::BlkMetrics;
 use super::{Blk, INLINE_BYTES, MAX_BYTES, MAX_RANGES};
+use crate::device::DeviceHandle;
 use crate::queue::{Buffers, Chain, QueueError, Step};
 
 /// Request types (5.2.6).
@@ -34,12 +36,12 @@ pub(super) mod status {
     pub(in super::super) const UNSUPP: u8 = 2;
 }
 
-const SECTOR: u64 = 512;
+pub(super) const SECTOR: u64 = 512;
 /// Range flag of write-zeroes: the space may be released.
 const FLAG_UNMAP: u32 = 1;
 
 /// Why a request did not succeed.
-enum Failure {
+pub(super) enum Failure {
     /// Its form or range is wrong.
     Bad,
     /// The device does not have it.
@@ -60,15 +62,91 @@ impl From<DiskError> for Failure {
 
 /// One range of a discard or write-zeroes request, checked.
 #[derive(Clone, Copy)]
-struct Range {
-    offset: u64,
-    len: u64,
-    unmap: bool,
+pub(super) struct Range {
+    pub(super) offset: u64,
+    pub(super) len: u64,
+    pub(super) unmap: bool,
+}
+
+/// What a chain asks for.
+enum Asked {
+    /// Its answer, at once.
+    Answer(Result<(), Failure>),
+    /// The disk's work.
+    Work(Work),
 }
 
 impl Blk {
-    /// Carries out one request, or declines it on a vCPU thread.
-    pub(super) fn request(&self, chain: &mut Chain<'_>, inline: bool) -> Result<Step, QueueError> {
+    /// Takes one request of queue `index`: carries it out, has the engine do so, or leaves it for later.
+    pub(super) fn request(
+        &self,
+        index: u16,
+        size: usize,
+        chain: &mut Chain<'_>,
+        inline: bool,
+        handle: &DeviceHandle,
+    ) -> Result<Step, QueueError> {
+        if !self.flight.has_room(index, size) {
+            // What ends makes room, and has the queue looked at.
+            return Ok(Step::Wait);
+        }
+        let (asked, data_len) = self.parse(chain)?;
+        let work = match asked {
+            Asked::Answer(result) => return Ok(self.answer(chain, result, data_len)),
+            Asked::Work(work) => work,
+        };
+        let recorded = handle.is_recorded();
+        if recorded && inline && Self::slow(&work) {
+            return Ok(Step::Defer);
+        }
+        if let Some(bytes) = Self::cost(&work)
+            && let Err(delay) = self.throttle.take(bytes, Instant::now())
+        {
+            handle.kick_after(index, delay);
+            return Ok(Step::Wait);
+        }
+        let result = if recorded { Some(self.carry_out(&work)) } else { self.at_once(&work) };
+        if let Some(result) = result {
+            // An error that is to be waited for goes the long way, where it shows again.
+            if recorded || result.as_ref().err().is_none_or(|error| !self.can_wait(error)) {
+                let result = result.map_err(Failure::from).inspect(|()| self.count(&work));
+                return Ok(self.answer(chain, result, data_len));
+            }
+        }
+        self.launch(index, chain, work, data_len);
+        Ok(Step::Pending)
+    }
+
+    /// As [`Blk::request`], for one that was taken before: `Some` with the bytes written if it is answered at once.
+    pub(super) fn take_again(&self, index: u16, chain: &mut Chain<'_>) -> Result<Option<u32>, QueueError> {
+        let (asked, data_len) = self.parse(chain)?;
+        match asked {
+            Asked::Answer(result) => match self.answer(chain, result, data_len) {
+                Step::Done(written) => Ok(Some(written)),
+                _ => Ok(None),
+            },
+            Asked::Work(work) => {
+                self.launch(index, chain, work, data_len);
+                Ok(None)
+            }
+        }
+    }
+
+    fn launch(&self, queue: u16, chain: &mut Chain<'_>, work: Work, data_len: u64) {
+        let status = std::mem::take(&mut chain.writable).into_owned();
+        self.start(Request { queue, head: chain.head(), work, step: 0, status, data_len });
+    }
+
+    /// Writes the status byte.
+    fn answer(&self, chain: &mut Chain<'_>, result: Result<(), Failure>, data_len: u64) -> Step {
+        let (status, written) = self.conclude(result, data_len);
+        chain.writable.write(&[status]);
+        Step::Done(written)
+    }
+
+    /// Says what a chain asks for, and how many bytes come before its status byte, which is all that is left of the
+    /// chain afterwards.
+    fn parse(&self, chain: &mut Chain<'_>) -> Result<(Asked, u64), QueueError> {
         let Some(data_len) = chain.writable.remaining().checked_sub(1) else {
             return Err(QueueError::Request("a block request has no place for its status"));
         };
@@ -76,76 +154,80 @@ impl Blk {
         let complete = chain.readable.read(&mut header) == header.len();
         let header = u128::from_le_bytes(header);
         let (kind, sector) = (header as u32, (header >> 64) as u64);
-        if inline && complete && self.slow(kind, chain.readable.remaining().max(data_len)) {
-            return Ok(Step::Defer);
-        }
         let data = chain.writable.split_to(data_len);
-        let result =
-            if complete { self.dispatch(kind, sector, &mut chain.readable, data) } else { Err(Failure::Bad) };
-        let (status, written) = self.conclude(result, data_len);
-        chain.writable.write(&[status]);
-        Ok(Step::Done(written))
+        let asked = if complete {
+            self.ask(kind, sector, &mut chain.readable, data).unwrap_or_else(|f| Asked::Answer(Err(f)))
+        } else {
+            Asked::Answer(Err(Failure::Bad))
+        };
+        Ok((asked, data_len))
     }
 
-    /// Whether a vCPU should not wait for this.
-    fn slow(&self, kind: u32, len: u64) -> bool {
-        match kind {
-            kind::IN => len > INLINE_BYTES,
-            kind::OUT => len > INLINE_BYTES || self.write_through.load(Ordering::SeqCst),
-            kind::FLUSH | kind::DISCARD | kind::WRITE_ZEROES => true,
-            _ => false,
-        }
-    }
-
-    fn dispatch(
+    fn ask(
         &self,
         kind: u32,
         sector: u64,
         readable: &mut Buffers<'_>,
         mut data: Buffers<'_>,
-    ) -> Result<(), Failure> {
-        let m = &self.metrics;
-        match kind {
+    ) -> Result<Asked, Failure> {
+        let work = match kind {
             kind::IN => {
                 let (offset, len) = self.transfer_range(sector, data.remaining())?;
-                read_tracked(&*self.disk, offset, data.slices())?;
-                BlkMetrics::add(&m.reads, 1);
-                BlkMetrics::add(&m.read_bytes, len);
+                Work::Read { offset, len, data: Arc::new(data.into_owned()) }
             }
             kind::OUT => {
                 let (offset, len) = self.transfer_range(sector, readable.remaining())?;
-                write_tracked(&*self.disk, offset, readable.slices())?;
-                if self.write_through.load(Ordering::SeqCst) {
-                    self.disk.flush()?;
+                if self.disk.capabilities().read_only {
+                    return Err(Failure::Bad);
                 }
-                BlkMetrics::add(&m.writes, 1);
-                BlkMetrics::add(&m.written_bytes, len);
+                let data = Arc::new(std::mem::take(readable).into_owned());
+                Work::Write { offset, len, data, flush: self.writes_through() }
             }
-            kind::FLUSH => {
-                self.disk.flush()?;
-                BlkMetrics::add(&m.flushes, 1);
-            }
+            kind::FLUSH => Work::Flush,
             kind::GET_ID => {
                 data.write(&self.serial);
-                BlkMetrics::add(&m.identifications, 1);
+                BlkMetrics::add(&self.metrics.identifications, 1);
+                return Ok(Asked::Answer(Ok(())));
             }
             kind::DISCARD => {
                 let limits = self.disk.capabilities().discard.ok_or(Failure::Unsupported)?;
-                self.each_range(readable, Self::range_sectors(limits.max_bytes), 0, |r| {
-                    self.disk.discard(r.offset, r.len)
-                })?;
-                BlkMetrics::add(&m.discards, 1);
+                Work::Discard(self.ranges(readable, Self::range_sectors(limits.max_bytes), 0)?)
             }
             kind::WRITE_ZEROES => {
                 let limits = self.disk.capabilities().write_zeroes.ok_or(Failure::Unsupported)?;
-                self.each_range(readable, Self::range_sectors(limits.max_bytes), FLAG_UNMAP, |r| {
-                    self.disk.write_zeroes(r.offset, r.len, r.unmap && limits.unmap)
-                })?;
-                BlkMetrics::add(&m.zeroes, 1);
+                let mut ranges = self.ranges(readable, Self::range_sectors(limits.max_bytes), FLAG_UNMAP)?;
+                ranges.iter_mut().for_each(|range| range.unmap &= limits.unmap);
+                Work::WriteZeroes(ranges)
             }
             _ => return Err(Failure::Unsupported),
+        };
+        Ok(Asked::Work(work))
+    }
+
+    /// Whether a vCPU should not wait for this.
+    fn slow(work: &Work) -> bool {
+        match work {
+            Work::Read { len, .. } => *len > INLINE_BYTES,
+            Work::Write { len, flush, .. } => *len > INLINE_BYTES || *flush,
+            Work::Flush | Work::Discard(_) | Work::WriteZeroes(_) => true,
         }
-        Ok(())
+    }
+
+    /// Does what needs no waiting; `None` if it does.
+    fn at_once(&self, work: &Work) -> Option<Result<(), DiskError>> {
+        if !self.inline || Self::slow(work) {
+            return None;
+        }
+        match work {
+            Work::Read { offset, data, .. } => {
+                let result = self.disk.try_read_at(*offset, &data.slices());
+                // Parts may have been read even if not all was there.
+                data.mark_dirty();
+                result
+            }
+            Work::Write { offset, data, .. } => self.disk.try_write_at(*offset, &data.slices()),
+            _ => None,
+        }
     }
 
     /// Offset and length in bytes of a transfer, checked against the disk.
@@ -156,23 +238,13 @@ impl Blk {
         Ok((self.range_in_disk(sector, len)?, len))
     }
 
-    /// The byte offset of `sector` if `len` bytes from there are within the disk.
-    fn range_in_disk(&self, sector: u64, len: u64) -> Result<u64, Failure> {
-        let offset = sector.checked_mul(SECTOR).ok_or(Failure::Bad)?;
-        match offset.checked_add(len) {
-            Some(end) if end <= self.disk.capacity_bytes() => Ok(offset),
-            _ => Err(Failure::Bad),
-        }
-    }
-
-    /// Checks all ranges of a discard or zeroing (5.2.6.2), then does `act` for each.
-    fn each_range(
+    /// The ranges of a discard or zeroing, all checked (5.2.6.2); those without a sector left out.
+    fn ranges(
         &self,
         readable: &mut Buffers<'_>,
         max_sectors: u32,
         allowed_flags: u32,
-        act: impl Fn(Range) -> Result<(), DiskError>,
-    ) -> Result<(), Failure> {
+    ) -> Result<Vec<Range>, Failure> {
         if self.disk.capabilities().read_only {
             return Err(Failure::Bad);
         }
@@ -196,31 +268,7 @@ impl Blk {
             let offset = self.range_in_disk(sector, len)?;
             ranges.push(Range { offset, len, unmap: flags & FLAG_UNMAP != 0 });
         }
-        for range in ranges.into_iter().filter(|r| r.len != 0) {
-            act(range)?;
-        }
-        Ok(())
-    }
-
-    /// Status byte and number of bytes written, which ends with the status byte.
-    fn conclude(&self, result: Result<(), Failure>, data_len: u64) -> (u8, u32) {
-        let status = match result {
-            Ok(()) => status::OK,
-            Err(Failure::Bad) => {
-                BlkMetrics::add(&self.metrics.refused, 1);
-                status::IOERR
-            }
-            Err(Failure::Unsupported) => {
-                BlkMetrics::add(&self.metrics.refused, 1);
-                status::UNSUPP
-            }
-            Err(Failure::Disk(error)) => {
-                BlkMetrics::add(&self.metrics.errors, 1);
-                log_limited!(error, "virtio-blk: {error}");
-                status::IOERR
-            }
-        };
-        // A chain is at most 4 GiB - 1 long.
-        (status, (data_len + 1) as u32)
+        ranges.retain(|range: &Range| range.len != 0);
+        Ok(ranges)
     }
 }

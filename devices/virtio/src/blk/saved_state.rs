@@ -1,5 +1,5 @@
-//! Saved form of a block device. Requests in flight are in the guest's ring, and the disk's content is the
-//! disk's; what is left is what the guest believes about the disk.
+//! Saved form of a block device. Requests that nobody took are in the guest's ring, and the disk's content is the
+//! disk's; what is left is what the guest believes about the disk, and which requests were taken and not done.
 
 /// A block device.
 #[derive(Clone, PartialEq, prost::Message)]
@@ -13,4 +13,18 @@ pub struct BlkStateV1 {
     /// Logical block size in bytes. Default: not checked.
     #[prost(uint32, optional, tag = "3")]
     pub block_size: Option<u32>,
+    /// Requests that were taken and not handed back, which are carried out again. Default: none.
+    #[prost(message, repeated, tag = "4")]
+    pub taken: Vec<TakenRequestV1>,
+}
+
+/// A request that was taken out of its queue.
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+pub struct TakenRequestV1 {
+    /// Number of the queue. Default 0.
+    #[prost(uint32, optional, tag = "1")]
+    pub queue: Option<u32>,
+    /// Number of its first descriptor. Default 0.
+    #[prost(uint32, optional, tag = "2")]
+    pub head: Option<u32>,
 }

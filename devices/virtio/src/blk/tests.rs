@@ -14,7 +14,8 @@ struct Bench {
 fn bench(read_only: bool) -> Bench {
     let machine = TestMachine::new();
     let disk = MemoryDisk::new(SECTORS, read_only);
-    let blk = Blk::new(disk.clone(), &BlkOptions { serial: "disk-0".into(), queues: 2 });
+    let blk =
+        Blk::new(disk.clone(), &BlkOptions { serial: "disk-0".into(), queues: 2, ..Default::default() });
     let mut driver = TestDriver::probe(&machine, blk.clone(), 0);
     driver.start(Setup::default());
     Bench { machine, disk, blk, driver }
@@ -101,11 +102,10 @@ fn header_and_status_may_be_cut_anywhere() {
 }
 
 #[test]
-fn flush_is_a_flush_and_runs_on_the_devices_thread() {
+fn flush_is_a_flush() {
     let mut b = bench(false);
     assert_eq!(b.request(kind::FLUSH, 0, &[]), (status::OK, 1));
     assert_eq!(b.disk.flushes.load(Ordering::SeqCst), 1);
-    assert!(b.driver.pci.handed_over() >= 1);
     assert_eq!(b.blk.metrics().snapshot().flushes, 1);
 }
 

@@ -1,7 +1,11 @@
 //! One request: the buffers of a descriptor chain (VIRTIO 1.2, 2.7.5).
 
-use atoll_machine::memory::{FlatView, PageNotes};
-use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions, VolatileSlice};
+use std::marker::PhantomData;
+
+use atoll_foundation::uring::TransferBuffers;
+use atoll_foundation::volatile_io;
+use atoll_machine::memory::{FlatView, GuestBuffers, PageNotes};
+use vm_memory::{Bytes, GuestAddress, VolatileSlice};
 
 use super::{MAX_CHAIN, QueueError};
 
@@ -39,23 +43,20 @@ impl Descriptor {
 /// A list of pieces of guest memory that is read or written from front to back.
 #[derive(Default)]
 pub struct Buffers<'a> {
-    slices: Vec<VolatileSlice<'a, PageNotes>>,
+    slices: Vec<VolatileSlice<'static, PageNotes>>,
     /// Slices before this one are used up.
     first: usize,
     remaining: u64,
+    run: PhantomData<&'a FlatView>,
 }
 
 impl<'a> Buffers<'a> {
-    fn push(&mut self, memory: &'a FlatView, gpa: u64, len: u32) -> Result<(), QueueError> {
+    fn push(&mut self, memory: &FlatView, gpa: u64, len: u32) -> Result<(), QueueError> {
         let error = || QueueError::NotRam { gpa, len: u64::from(len) };
         if gpa.checked_add(u64::from(len)).is_none() {
             return Err(error());
         }
-        let slices = GuestMemory::get_slices(memory, GuestAddress(gpa), len as usize, Permissions::ReadWrite)
-            .map_err(|_| error())?;
-        for slice in slices {
-            self.slices.push(slice.map_err(|_| error())?);
-        }
+        self.slices.extend(memory.slices(gpa, u64::from(len)).map_err(|_| error())?);
         self.remaining += u64::from(len);
         Ok(())
     }
@@ -68,6 +69,12 @@ impl<'a> Buffers<'a> {
     /// What is left, as slices.
     pub fn slices(&self) -> &[VolatileSlice<'a, PageNotes>] {
         self.slices.get(self.first..).unwrap_or_default()
+    }
+
+    /// What is left, to go on being used after the run.
+    pub fn into_owned(mut self) -> OwnedBuffers {
+        self.slices.drain(..self.first.min(self.slices.len()));
+        OwnedBuffers(GuestBuffers::new(self.slices))
     }
 
     /// Copies the next bytes into `to`, as many as there are. Returns their number.
@@ -116,6 +123,28 @@ impl<'a> Buffers<'a> {
             self.advance(take);
         }
         front
+    }
+}
+
+/// Buffers that outlast the run in which they were taken; the RAM under them stays valid as long as they are.
+#[derive(Default)]
+pub struct OwnedBuffers(GuestBuffers);
+
+impl OwnedBuffers {
+    /// The buffers, with dirty tracking.
+    pub fn tracked(&self) -> &[VolatileSlice<'static, PageNotes>] {
+        self.0.slices()
+    }
+
+    /// Notes that the host wrote into them past the tracking, as it does through [`TransferBuffers`].
+    pub fn mark_dirty(&self) {
+        self.0.mark_dirty();
+    }
+}
+
+impl TransferBuffers for OwnedBuffers {
+    fn slices(&self) -> Vec<VolatileSlice<'_>> {
+        self.0.slices().iter().map(volatile_io::without_bitmap).collect()
     }
 }
 

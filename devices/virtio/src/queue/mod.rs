@@ -20,7 +20,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions};
 mod chain;
 pub mod saved_state;
 
-pub use chain::{Buffers, Chain};
+pub use chain::{Buffers, Chain, OwnedBuffers};
 
 use saved_state::VirtQueueStateV1;
 
@@ -126,6 +126,10 @@ pub enum Step {
     Done(u32),
     /// Not begun: it would take longer than a vCPU thread should wait. Put back.
     Defer,
+    /// Begun; [`QueueRun::push_used`] follows in a later run.
+    Pending,
+    /// Not begun, nor is anything after it, until the device asks for another run. Put back.
+    Wait,
 }
 
 /// Who carries out a run, and how much of it.
@@ -284,6 +288,11 @@ impl<'a> QueueRun<'a> {
         Ok(Some(chain))
     }
 
+    /// The request that begins at descriptor `head`, which was taken in an earlier run and not handed back.
+    pub fn chain(&self, head: u16) -> Result<Chain<'a>, QueueError> {
+        Chain::collect(self.memory, self.queue.desc_table(), self.queue.size(), head, self.indirect)
+    }
+
     /// Puts the request that was taken last back.
     pub fn put_back(&mut self) {
         self.queue.go_to_previous_position();
@@ -345,6 +354,11 @@ impl<'a> QueueRun<'a> {
                     Step::Defer => {
                         self.put_back();
                         return Ok(Progress::More);
+                    }
+                    Step::Pending => {}
+                    Step::Wait => {
+                        self.put_back();
+                        return Ok(Progress::Done);
                     }
                 }
             }

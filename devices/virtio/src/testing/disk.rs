@@ -93,6 +93,12 @@ impl Disk for MemoryDisk {
     fn write_zeroes(&self, offset: u64, len: u64, _unmap: bool) -> Result<(), DiskError> {
         self.fill_zero(Operation::WriteZeroes, offset, len)
     }
+    fn try_read_at(&self, offset: u64, buffers: &[VolatileSlice<'_>]) -> Option<Result<(), DiskError>> {
+        Some(self.read_at(offset, buffers))
+    }
+    fn try_write_at(&self, offset: u64, buffers: &[VolatileSlice<'_>]) -> Option<Result<(), DiskError>> {
+        Some(self.write_at(offset, buffers))
+    }
     fn metrics(&self) -> &DiskMetrics {
         &self.metrics
     }

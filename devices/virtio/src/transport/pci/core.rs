@@ -14,6 +14,10 @@
 //!                             +-- error --> DEVICE_NEEDS_RESET, configuration interrupt
 //! ```
 //!
+//! A device may begin what ends later, on other threads (see [`VirtioDevice::drain`]); its end is one more reason to
+//! look at the queue. A pause stops the runs, waits for what is under way, and hands back what ended; a reset waits
+//! and forgets.
+//!
 //! What processing reads (status, vectors) is atomic, so that a vCPU at the registers never waits for a disk,
 //! except for a reset, which must wait until requests in flight no longer touch guest memory.
 
@@ -478,6 +482,35 @@ impl Core {
         for slot in &self.slots {
             drop(lock(&slot.queue));
         }
+        self.device.drain();
+        for (slot, index) in self.slots.iter().zip(0..) {
+            self.finish(slot, index);
+        }
+    }
+
+    /// Hands back what has ended in a queue of a device that is paused.
+    fn finish(&self, slot: &Slot, index: u16) {
+        let now = self.status.load(SeqCst);
+        let ready = now & (status::DRIVER_OK | status::NEEDS_RESET) == status::DRIVER_OK;
+        if !ready || !self.function.bus_master() {
+            return;
+        }
+        let memory = self.memory.snapshot();
+        let mut queue = lock(&slot.queue);
+        let (result, interrupt) = queue.run(&memory, Budget::worker(), |run| {
+            self.device.finish_queue(index, run).map(|()| Progress::Done)
+        });
+        drop(queue);
+        if interrupt {
+            self.interrupt(slot.vector.load(SeqCst), ISR_QUEUE);
+        }
+        if let Err(error) = result {
+            self.fail(index, &error);
+        }
+    }
+
+    pub(crate) fn is_recorded(&self) -> bool {
+        self.inputs.is_recorded()
     }
 
     pub(crate) fn resume(&self) {
