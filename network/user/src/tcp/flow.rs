@@ -309,7 +309,7 @@ impl Flow {
         self.stale_window = false;
         let Ok(queue) = self.socket.send_queue() else { return };
         self.window = usable(queue, self.typical);
-        if queue.free() < queue.limit / 3 && !self.armed {
+        if is_short(queue) && !self.armed {
             self.arm(cx);
         }
     }
@@ -329,7 +329,6 @@ impl Flow {
         let length = u32::try_from(data.len()).unwrap_or(u32::MAX);
         self.typical = length.max(self.typical - self.typical / 8).max(1);
         let mut done = 0;
-        self.unsent = more;
         while let Some(rest) = data.get(done..).filter(|rest| !rest.is_empty()) {
             match self.socket.send(rest, more) {
                 Ok(0) => break,
@@ -338,6 +337,7 @@ impl Flow {
                 Err(_) => return None,
             }
         }
+        self.unsent = more || (self.unsent && done == 0);
         metrics.bytes_to_host = metrics.bytes_to_host.wrapping_add(done as u64);
         Some(done)
     }
@@ -348,5 +348,36 @@ fn usable(queue: SendQueue, typical: u32) -> u32 {
     let typical = u64::from(typical.max(256));
     let bytes = u64::from(queue.free()) * typical / (typical + SEGMENT_OVERHEAD);
     let bytes = u32::try_from(bytes).unwrap_or(u32::MAX).min(u32::from(u16::MAX) << OUR_SCALE);
-    if bytes < LEAST_WINDOW { 0 } else { bytes }
+    match is_short(queue) {
+        true if bytes < LEAST_WINDOW => 0,
+        true => bytes,
+        // Nothing will tell of more room, so there must be some in the guest's eyes.
+        false => bytes.max(1024),
+    }
+}
+
+/// Whether the kernel tells when the queue has more room: what epoll calls not writable.
+fn is_short(queue: SendQueue) -> bool {
+    queue.free() < queue.limit / 3
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_window_is_closed_only_if_its_opening_will_be_told() {
+        for limit in [4608, 16_384, 87_040, 2_626_560, 16 << 20] {
+            for percent in 0..=100 {
+                for typical in [1, 536, 1460, 65_160] {
+                    let queue = SendQueue { limit, used: limit / 100 * percent };
+                    let window = usable(queue, typical);
+                    assert!(window > 0 || is_short(queue), "{queue:?} {typical}");
+                    assert!(window <= queue.free().max(1024), "{queue:?} {typical}");
+                }
+            }
+        }
+        assert_eq!(usable(SendQueue { limit: 65_536, used: 65_000 }, 1460), 0);
+        assert_eq!(usable(SendQueue { limit: 65_536, used: 70_000 }, 1460), 0);
+    }
 }
