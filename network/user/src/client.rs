@@ -14,12 +14,12 @@
 //!
 //! # Locks
 //!
-//! `control` is held for a request and its reply, `child` for looking at the process; never both. The watcher
+//! `control` is held for a request and its reply, `child` for looking at the process, also under `control`. The watcher
 //! thread takes `child` only.
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::process::ExitStatusExt as _;
+use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -131,7 +131,8 @@ impl UserNet {
             .with_offloads(TAKEN, GIVEN);
         let host = |source: io::Error| UserNetError::Control { name: name.clone(), source };
         let (control, theirs) = control_pair().map_err(host)?;
-        command.stdin(Stdio::from(theirs)).stdout(Stdio::null());
+        // Ctrl-C in a terminal is for the machine, which lets go of its network when it ends.
+        command.stdin(Stdio::from(theirs)).stdout(Stdio::null()).process_group(0);
         let spawned = command.spawn();
         let program = command.get_program().to_string_lossy().into_owned();
         // The command holds the other end of the control socket, which has to be gone to notice the process' end.
@@ -201,6 +202,11 @@ impl UserNet {
         }
         let failed = |source: io::Error| match source.kind() {
             io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => gone(),
+            io::ErrorKind::WouldBlock => {
+                // It hangs. A reply that came later would be taken for that of the next request.
+                let _ = lock(&self.shared.child).kill();
+                UserNetError::Control { name: name(), source }
+            }
             _ => UserNetError::Control { name: name(), source },
         };
         send(&*control, request, fds).map_err(failed)?;

@@ -60,11 +60,10 @@ pub fn run(nat: &mut ProcessNat, control: &OwnedFd) -> Result<(), EngineError> {
         }
         for (token, readiness) in ready.iter().copied() {
             match Owner::of(token) {
-                Some((Owner::Engine, value)) => {
-                    if engine_event(nat, control, value, readiness, now)? == Next::End {
-                        return Ok(());
-                    }
-                }
+                Some((Owner::Engine, value)) => match engine_event(nat, control, value, readiness, now)? {
+                    Next::GoOn => {}
+                    Next::End => return Ok(()),
+                },
                 Some((owner, value)) => nat.ready(owner, value, readiness, now),
                 None => {}
             }
@@ -79,7 +78,6 @@ pub fn run(nat: &mut ProcessNat, control: &OwnedFd) -> Result<(), EngineError> {
     }
 }
 
-#[derive(PartialEq, Eq)]
 enum Next {
     GoOn,
     End,

@@ -23,6 +23,12 @@ pub trait Host {
 
     /// A connected socket for ICMP echo (a "ping socket").
     fn echo(&mut self, remote: IpAddr) -> io::Result<OwnedFd>;
+
+    /// Where TCP, which makes its sockets itself, connects instead of `remote`, where the policy allows that.
+    /// `None`: refused.
+    fn redirect_tcp(&self, remote: SocketAddr) -> Option<SocketAddr> {
+        Some(remote)
+    }
 }
 
 /// The kernel's.
@@ -46,7 +52,7 @@ pub fn unspecified(address: IpAddr) -> IpAddr {
 
 /// Where a socket is bound.
 pub fn local_address(socket: &OwnedFd) -> io::Result<SocketAddr> {
-    Ok(getsockname(socket)?.try_into().map_err(io::Error::from)?)
+    getsockname(socket)?.try_into().map_err(io::Error::from)
 }
 
 /// A socket that speaks one family only.

@@ -38,9 +38,11 @@ use crate::fragments::Reassembly;
 use crate::host::Host;
 use crate::icmp::{Trouble, tell_about};
 use crate::leases::Leases;
-use crate::neighbours::{ADVERTISEMENT_SECONDS, ALL_NODES, advertisement, arp, neighbour};
+use crate::neighbours::{
+    ADVERTISEMENT_SECONDS, ALL_NODES, ROUTER_ADVERTISEMENT, advertisement, arp, neighbour,
+};
 use crate::output::{Flow4Tuple, TcpHeader};
-use crate::policy::{DNS_PORT, NatPolicy};
+use crate::policy::{DNS_PORT, NatPolicy, Policy};
 use crate::poller::{Owner, Poller, Readiness};
 use crate::sender::{FrameIo, HOPS_NDP, Sender};
 use crate::stats::Stats;
@@ -96,6 +98,25 @@ struct Marks {
     /// A large frame: bytes of payload of each segment.
     udp_segment: Option<u16>,
     source_mac: Mac,
+}
+
+/// Whether a packet was for one of the network's services.
+#[derive(PartialEq, Eq)]
+enum Served {
+    Yes,
+    No,
+}
+
+/// The policy, and what the host makes of it.
+struct TcpPolicy<'a, H> {
+    policy: NatPolicy,
+    host: &'a H,
+}
+
+impl<H: Host> Policy for TcpPolicy<'_, H> {
+    fn connect_to(&self, guest_dst: SocketAddr) -> Option<SocketAddr> {
+        self.host.redirect_tcp(self.policy.connect_to(guest_dst)?)
+    }
 }
 
 impl<F: FrameIo, P: Poller, H: Host> Nat<F, P, H> {
@@ -257,7 +278,7 @@ impl<F: FrameIo, P: Poller, H: Host> Nat<F, P, H> {
             self.sender.stats.dropped_checksum += 1;
             return Some(());
         }
-        if self.services(ip, marks)?.is_some() {
+        if self.services(ip, marks)? == Served::Yes {
             return Some(());
         }
         let own = self.sender.addresses.is_own(ip.destination);
@@ -308,28 +329,25 @@ impl<F: FrameIo, P: Poller, H: Host> Nat<F, P, H> {
         }
     }
 
-    /// What is answered before the guest has an address. `Some(Some(()))`: it was such a packet.
-    fn services(&mut self, ip: &Ip<'_>, marks: Marks) -> Option<Option<()>> {
+    /// What is answered before the guest has an address.
+    fn services(&mut self, ip: &Ip<'_>, marks: Marks) -> Option<Served> {
         match (ip.protocol, ip.source) {
-            (ICMPV6, IpAddr::V6(source)) => {
-                let kind = *ip.payload.first()?;
-                if !(133..=137).contains(&kind) {
-                    return Some(None);
-                }
+            (ICMPV6, IpAddr::V6(source)) if (133..=137).contains(ip.payload.first()?) => {
                 if ip.hops == HOPS_NDP {
                     self.neighbour(source, ip.payload, marks.source_mac)?;
                 }
-                Some(Some(()))
+                Some(Served::Yes)
             }
             (UDP, source) => {
                 let udp = Udp::parse(ip.payload, marks.udp_segment.is_some())?;
                 match udp.destination {
-                    dhcp::SERVER_PORT if source.is_ipv4() => Some(Some(self.dhcp(ip.destination, &udp))),
-                    dhcp6::SERVER_PORT if source.is_ipv6() => Some(Some(self.dhcp6(ip, &udp, marks))),
-                    _ => Some(None),
+                    dhcp::SERVER_PORT if source.is_ipv4() => self.dhcp(ip.destination, &udp),
+                    dhcp6::SERVER_PORT if source.is_ipv6() => self.dhcp6(ip, &udp, marks),
+                    _ => return Some(Served::No),
                 }
+                Some(Served::Yes)
             }
-            _ => Some(None),
+            _ => Some(Served::No),
         }
     }
 
@@ -341,8 +359,8 @@ impl<F: FrameIo, P: Poller, H: Host> Nat<F, P, H> {
             self.sender.learn(source.into(), mac);
         }
         if let Some((from, to, answer)) = said.answer {
-            if to == ALL_NODES || answer.first() == Some(&134) {
-                self.sender.stats.router_advertisements += u64::from(answer.first() == Some(&134));
+            if answer.first() == Some(&ROUTER_ADVERTISEMENT) {
+                self.sender.stats.router_advertisements += 1;
             }
             self.sender.ndp(from, to, &answer);
         }
@@ -440,7 +458,7 @@ impl<F: FrameIo, P: Poller, H: Host> Nat<F, P, H> {
         now: Instant,
         call: impl FnOnce(&mut tcp::Table, &mut tcp::Context<'_>) -> R,
     ) -> R {
-        let policy = self.policy();
+        let policy = TcpPolicy { policy: self.policy(), host: &self.host };
         let mut cx =
             tcp::Context { now, output: &mut self.sender, poller: &mut self.poller, policy: &policy };
         call(&mut self.tcp, &mut cx)
@@ -533,8 +551,7 @@ impl<F: FrameIo, P: Poller, H: Host> Nat<F, P, H> {
         self.with_tcp(now, |tcp, cx| tcp.room(cx));
     }
 
-    /// Does what packets and events have left to do: to be called after each batch of them. `true`: TCP waits for
-    /// room.
+    /// Does what packets and events have left to do: to be called after each batch of them.
     pub fn flush(&mut self, now: Instant) {
         self.with_tcp(now, |tcp, cx| tcp.flush(cx));
     }

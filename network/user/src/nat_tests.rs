@@ -8,7 +8,7 @@ use atoll_network::header::{PartialChecksum, Segmentation};
 use super::*;
 use crate::host::Linux;
 use crate::poller::Epoll;
-use crate::testing::Lists;
+use crate::testing::{self, Lists};
 use crate::wire::{BROADCAST, IPV4_BYTES, IPV6_BYTES, Sum, UDP_BYTES};
 
 const MAC: Mac = [0x52, 0x54, 0, 0x12, 0x34, 0x56];
@@ -45,27 +45,14 @@ fn address(text: &str) -> SocketAddr {
     text.parse().unwrap()
 }
 
-/// A packet of the guest.
-fn packet(from: IpAddr, to: IpAddr, protocol: u8, hops: u8, payload: &[u8]) -> Vec<u8> {
-    let kind = if from.is_ipv4() { ETHERTYPE_IPV4 } else { ETHERTYPE_IPV6 };
-    let mut headers = Headers::ethernet(GATEWAY_MAC, MAC, kind);
-    headers.ip(from, to, protocol, hops, payload.len(), None);
-    [headers.bytes(), payload].concat()
-}
-
 /// A datagram of the guest with its checksum.
 fn datagram(from: &str, to: &str, payload: &[u8]) -> Vec<u8> {
-    let (from, to) = (address(from), address(to));
-    let length = UDP_BYTES + payload.len();
-    let mut udp = Vec::new();
-    udp.extend_from_slice(&from.port().to_be_bytes());
-    udp.extend_from_slice(&to.port().to_be_bytes());
-    udp.extend_from_slice(&(length as u16).to_be_bytes());
-    udp.extend_from_slice(&[0, 0]);
-    udp.extend_from_slice(payload);
-    let sum = Sum::default().pseudo_header(from.ip(), to.ip(), UDP, length).add(&udp);
-    udp[6..8].copy_from_slice(&sum.checksum().to_be_bytes());
-    packet(from.ip(), to.ip(), UDP, 64, &udp)
+    testing::datagram(MAC, address(from), address(to), payload)
+}
+
+/// A packet of the guest.
+fn packet(from: IpAddr, to: IpAddr, protocol: u8, hops: u8, payload: &[u8]) -> Vec<u8> {
+    testing::packet(MAC, (from, to), protocol, hops, payload)
 }
 
 impl Net {
@@ -291,7 +278,7 @@ fn a_hostile_guest_does_not_reach_the_hosts_loopback() {
             let syn = TcpHeader { flags: crate::TcpFlags::SYN, ..TcpHeader::default() };
             let length = syn.write(6000, port, &mut tcp);
             let guest = address(guest).ip();
-            let sum = Sum::default().pseudo_header(guest, remote.ip(), TCP, length).add(&tcp[..length]);
+            let sum = Sum::default().pseudo_header(guest, remote.ip(), TCP, length).bytes(&tcp[..length]);
             tcp[16..18].copy_from_slice(&sum.checksum().to_be_bytes());
             net.send(&packet(guest, remote.ip(), TCP, 64, &tcp[..length]));
             let echo = [if guest.is_ipv4() { 8 } else { 128 }, 0, 0, 0, 0, 1, 0, 1];
@@ -360,7 +347,7 @@ fn the_gateway_answers_echo_requests() {
         let mut message = [request, 0, 0, 0, 1, 2, 3, 4, 0xaa, 0xbb];
         let sum = Sum::default();
         let sum = if from.is_ipv6() { sum.pseudo_header(from, to, ICMPV6, 10) } else { sum };
-        let checksum = sum.add(&message).checksum();
+        let checksum = sum.bytes(&message).checksum();
         message[2..4].copy_from_slice(&checksum.to_be_bytes());
         net.send(&packet(from, to, protocol, 64, &message));
         let got = net.expect();
@@ -601,7 +588,7 @@ fn router_and_address_come_over_ipv6() {
     let link_local: IpAddr = "fe80::5054:ff:fe12:3456".parse().unwrap();
     let routers: IpAddr = "ff02::2".parse().unwrap();
     let mut solicitation = vec![133, 0, 0, 0, 0, 0, 0, 0];
-    let sum = Sum::default().pseudo_header(link_local, routers, ICMPV6, 8).add(&solicitation);
+    let sum = Sum::default().pseudo_header(link_local, routers, ICMPV6, 8).bytes(&solicitation);
     solicitation[2..4].copy_from_slice(&sum.checksum().to_be_bytes());
     for hops in [64, 255] {
         let mut frame = packet(link_local, routers, ICMPV6, hops, &solicitation);
@@ -668,4 +655,117 @@ fn a_guest_may_only_speak_for_itself() {
     assert_eq!(net.nat.stats().dropped_source, 6);
     net.send(&datagram("10.0.2.77:9", &remote, b"x"));
     assert_eq!(net.expect().to.to_string(), "10.0.2.77");
+}
+
+/// Numbers without a plan, the same every time.
+struct Numbers(u64);
+
+impl Numbers {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+}
+
+/// Some packet: datagrams to many places, fragments, queries, segments, requests, nonsense.
+fn some_packet(numbers: &mut Numbers) -> Vec<u8> {
+    let [a, b, c, d, ..] = numbers.next().to_le_bytes();
+    let v4 = a & 1 == 0;
+    let guest = |port: u64| {
+        let host = b % 40 + 4;
+        let text = if v4 { format!("10.0.2.{host}") } else { format!("fd61:746f:6c6c::{host:x}") };
+        SocketAddr::new(text.parse().unwrap(), port as u16)
+    };
+    let remote = |n: u64| -> IpAddr {
+        if v4 {
+            Ipv4Addr::from_bits(n as u32).into()
+        } else {
+            format!("2001:db8::{:x}", n as u16).parse().unwrap()
+        }
+    };
+    let (from, to) = (guest(numbers.next()), SocketAddr::new(remote(numbers.next()), numbers.next() as u16));
+    let mut payload = vec![c; usize::from(d)];
+    let dns: IpAddr = if v4 { "10.0.2.3" } else { "fd61:746f:6c6c::3" }.parse().unwrap();
+    match a >> 1 & 7 {
+        0 => testing::datagram([2, 0, 0, 0, b, c], from, to, &payload),
+        1 => testing::datagram(MAC, from, SocketAddr::new(dns, 53), &dns_query(numbers.next() as u16, "a.b")),
+        2 => {
+            let mut syn = [0; 60];
+            let header = TcpHeader { flags: crate::TcpFlags(b), ..TcpHeader::default() };
+            let length = header.write(from.port(), to.port(), &mut syn);
+            testing::packet(MAC, (from.ip(), to.ip()), TCP, 64, &syn[..length])
+        }
+        3 => {
+            payload.resize(8, 0);
+            payload[0] = if v4 { 8 } else { 128 };
+            testing::packet(MAC, (from.ip(), to.ip()), if v4 { ICMP } else { ICMPV6 }, 64, &payload)
+        }
+        4 => {
+            let offset = usize::from(numbers.next() as u16 & 0x1fff) * 8;
+            let fragment = crate::wire::Fragment { id: numbers.next() as u32, offset, more: true };
+            let kind = if v4 { ETHERTYPE_IPV4 } else { ETHERTYPE_IPV6 };
+            let mut headers = Headers::ethernet(GATEWAY_MAC, MAC, kind);
+            headers.ip(from.ip(), to.ip(), UDP, 64, 8, Some(fragment));
+            [headers.bytes(), &[1; 8]].concat()
+        }
+        5 => {
+            let mut arp = Headers::ethernet(BROADCAST, [2, 0, 0, b, c, d], ETHERTYPE_ARP).bytes().to_vec();
+            arp.extend_from_slice(&[0, 1, 8, 0, 6, 4, 0, 1, 2, 0, 0, b, c, d, 10, 0, 2, b, 0, 0, 0, 0, 0, 0]);
+            arp.extend_from_slice(&[10, 0, 2, 2]);
+            arp
+        }
+        6 => {
+            let mut message = vec![0; 240];
+            message[..3].copy_from_slice(&[1, 1, 6]);
+            message[28..34].copy_from_slice(&[2, 0, 0, b, c, d]);
+            message[236..240].copy_from_slice(&[99, 130, 83, 99]);
+            message.extend_from_slice(&[53, 1, b % 9, 255]);
+            testing::datagram(MAC, address("0.0.0.0:68"), address("255.255.255.255:67"), &message)
+        }
+        _ => (0..usize::from(d)).map(|_| numbers.next() as u8).collect(),
+    }
+}
+
+/// Resident memory of this process, bytes.
+fn resident() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/statm").unwrap();
+    let pages: u64 = status.split_whitespace().nth(1).unwrap().parse().unwrap();
+    pages * 4096
+}
+
+#[test]
+fn a_flood_of_packets_has_bounded_memory() {
+    const FLOWS: usize = 512;
+    let config = UserNetConfig { max_flows: FLOWS, ..UserNetConfig::default() };
+    let addresses = config.check().unwrap();
+    let resolvers = Resolvers { servers: vec![address("192.0.2.1:53")], search: Vec::new() };
+    let parts = (Lists::new(Offloads::NONE), testing::NoPoller, testing::NoHost::default());
+    let mut nat = Nat::new(&config, addresses, resolvers, parts);
+    let mut numbers = Numbers(0x1234_5678_9abc_def1);
+    let start = Instant::now();
+    let mut before = 0;
+    for n in 0..1_000_000_u64 {
+        if n == 100_000 {
+            // Everything that fills up is full by now.
+            before = resident();
+        }
+        let frame = some_packet(&mut numbers);
+        let header = FrameHeader { data_valid: true, ..FrameHeader::default() };
+        let now = start + Duration::from_micros(n * 10);
+        nat.take_frame(&header, &frame, now);
+        if n % 64 == 0 {
+            nat.flush(now);
+            nat.expire(now);
+            nat.sender.frames.take_sent();
+        }
+    }
+    let stats = nat.stats();
+    assert_eq!(stats.frames_from_guest, 1_000_000);
+    assert_eq!(stats.udp_flows, FLOWS as u64, "{stats:?}");
+    assert!(stats.udp_flows_evicted > 50_000 && stats.dns_queries > 50_000, "{stats:?}");
+    let growth = resident().saturating_sub(before);
+    // Other tests run in this process at the same time: their memory is counted too.
+    assert!(growth < 64 << 20, "{growth} bytes more than after a tenth of the packets");
 }

@@ -11,7 +11,8 @@ use crate::wire::{Mac, array, be16};
 
 /// ICMPv6 type of a router solicitation.
 pub const ROUTER_SOLICITATION: u8 = 133;
-const ROUTER_ADVERTISEMENT: u8 = 134;
+/// ICMPv6 type of a router advertisement.
+pub const ROUTER_ADVERTISEMENT: u8 = 134;
 /// ICMPv6 type of a neighbour solicitation.
 pub const NEIGHBOUR_SOLICITATION: u8 = 135;
 /// ICMPv6 type of a neighbour advertisement.
@@ -213,7 +214,7 @@ mod tests {
 
     fn checked(from: Ipv6Addr, to: Ipv6Addr, mut message: Vec<u8>) -> Vec<u8> {
         let length = message.len();
-        let sum = Sum::default().pseudo_header(from.into(), to.into(), ICMPV6, length).add(&message);
+        let sum = Sum::default().pseudo_header(from.into(), to.into(), ICMPV6, length).bytes(&message);
         message[2..4].copy_from_slice(&sum.checksum().to_be_bytes());
         message
     }

@@ -266,7 +266,7 @@ impl<F: FrameIo> Sender<F> {
             sum.folded()
         } else {
             // Zero would say that there is none.
-            match sum.add(&udp).add(payload).checksum() {
+            match sum.bytes(&udp).bytes(payload).checksum() {
                 0 => 0xffff,
                 checksum => checksum,
             }
@@ -291,7 +291,7 @@ impl<F: FrameIo> Sender<F> {
         }
         let Some((head, rest)) = message.split_at_checked(4) else { return };
         let mut head = [head[0], head[1], 0, 0];
-        let checksum = sum.add(&head).add(rest).checksum();
+        let checksum = sum.bytes(&head).bytes(rest).checksum();
         head[2..4].copy_from_slice(&checksum.to_be_bytes());
         let ip_bytes = if to.is_ipv4() { IPV4_BYTES } else { IPV6_BYTES };
         if ip_bytes + message.len() > MAX_PACKET {
@@ -371,7 +371,7 @@ impl<F: FrameIo> Sender<F> {
             frame_header.checksum = Some(PartialChecksum { start: ip_end as u16, offset: 16 });
             sum.folded()
         } else {
-            sum.add(tcp).add_pieces(payload).checksum()
+            sum.bytes(tcp).pieces(payload).checksum()
         };
         if let Some(place) = tcp.get_mut(16..18) {
             place.copy_from_slice(&checksum.to_be_bytes());
@@ -605,7 +605,7 @@ mod tests {
             assert_eq!(&frame[start..], ip.payload);
             // Completing the checksum as a driver does makes it right.
             let mut done = frame.clone();
-            let checksum = Sum::default().add(&frame[start..]).checksum();
+            let checksum = Sum::default().bytes(&frame[start..]).checksum();
             done[start + 16..start + 18].copy_from_slice(&checksum.to_be_bytes());
             assert!(parse(&done).transport_checksum_is_right());
             assert!(!sender.tcp_full_when_blocked());

@@ -2,16 +2,40 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{BorrowedFd, OwnedFd};
 
 use atoll_network::ring::RingError;
 use atoll_network::{FrameHeader, Offloads};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
+use crate::config::GATEWAY_MAC;
 use crate::host::Host;
 use crate::poller::Poller;
 use crate::sender::FrameIo;
+use crate::wire::{ETHERTYPE_IPV4, ETHERTYPE_IPV6, Headers, Mac, Sum, UDP, UDP_BYTES};
+
+/// A packet of the guest whose Ethernet address is `mac`.
+pub fn packet(mac: Mac, (from, to): (IpAddr, IpAddr), protocol: u8, hops: u8, payload: &[u8]) -> Vec<u8> {
+    let kind = if from.is_ipv4() { ETHERTYPE_IPV4 } else { ETHERTYPE_IPV6 };
+    let mut headers = Headers::ethernet(GATEWAY_MAC, mac, kind);
+    headers.ip(from, to, protocol, hops, payload.len(), None);
+    [headers.bytes(), payload].concat()
+}
+
+/// A datagram of the guest with its checksum.
+pub fn datagram(mac: Mac, from: SocketAddr, to: SocketAddr, payload: &[u8]) -> Vec<u8> {
+    let length = UDP_BYTES + payload.len();
+    let mut udp = Vec::new();
+    udp.extend_from_slice(&from.port().to_be_bytes());
+    udp.extend_from_slice(&to.port().to_be_bytes());
+    udp.extend_from_slice(&(length as u16).to_be_bytes());
+    udp.extend_from_slice(&[0, 0]);
+    udp.extend_from_slice(payload);
+    let sum = Sum::default().pseudo_header(from.ip(), to.ip(), UDP, length).bytes(&udp);
+    udp[6..8].copy_from_slice(&sum.checksum().to_be_bytes());
+    packet(mac, (from.ip(), to.ip()), UDP, 64, &udp)
+}
 
 /// Most frames kept for a guest that takes none.
 const LIMIT: usize = 512;
@@ -81,6 +105,8 @@ impl FrameIo for Lists {
 pub struct NoHost {
     /// The far ends of the sockets that were made, with where they should lead; the last few.
     pub sockets: VecDeque<(SocketAddr, OwnedFd)>,
+    /// Where all of TCP leads: nowhere, or to a listener of the test.
+    pub tcp: Option<SocketAddr>,
 }
 
 impl NoHost {
@@ -103,8 +129,12 @@ impl Host for NoHost {
         Ok((self.pair(remote)?, port.unwrap_or(40_000)))
     }
 
-    fn echo(&mut self, remote: std::net::IpAddr) -> io::Result<OwnedFd> {
+    fn echo(&mut self, remote: IpAddr) -> io::Result<OwnedFd> {
         self.pair(SocketAddr::new(remote, 0))
+    }
+
+    fn redirect_tcp(&self, _remote: SocketAddr) -> Option<SocketAddr> {
+        self.tcp
     }
 }
 

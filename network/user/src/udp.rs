@@ -52,6 +52,10 @@ struct Flow {
     paused: bool,
 }
 
+/// Memory of one flow, with its share of the table, of the map of ports and of the list of those that wait, bytes.
+pub const BYTES_PER_FLOW: usize = 2 * size_of::<Flow>() + 4 * size_of::<Flow4Tuple>() + 128;
+const _: () = assert!(BYTES_PER_FLOW <= 2048, "a flow must not take more than 2 KiB");
+
 /// What a call works with.
 pub struct UdpContext<'a, F> {
     /// To the guest.
@@ -200,7 +204,7 @@ impl UdpTable {
                 // The kernel keeps, and in the end drops, what comes.
                 flow.paused = true;
                 cx.poller.unwatch(socket.as_fd());
-                self.paused.push(handle);
+                self.pause(handle);
                 return;
             }
             let (result, from) = receive(socket, cx.buffer);
@@ -225,6 +229,14 @@ impl UdpTable {
                 }
             }
         }
+    }
+
+    fn pause(&mut self, handle: Handle) {
+        // Flows that came and went while there was no room are forgotten now and then.
+        if self.paused.len() > 2 * self.flows.len() {
+            self.paused.retain(|handle| self.flows.get(*handle).is_some_and(|flow| flow.paused));
+        }
+        self.paused.push(handle);
     }
 
     /// A forward's socket is ready: `guest` is where the forward leads.

@@ -69,7 +69,7 @@ pub struct Sum(u64);
 impl Sum {
     /// Adds bytes.
     #[must_use]
-    pub fn add(self, bytes: &[u8]) -> Self {
+    pub fn bytes(self, bytes: &[u8]) -> Self {
         // Big-endian 32-bit words: their carries fold into the same 16-bit sum.
         let mut sum = self.0;
         let mut words = bytes.chunks_exact(4);
@@ -85,24 +85,24 @@ impl Sum {
 
     /// Adds bytes in pieces of any length, as if they were one.
     #[must_use]
-    pub fn add_pieces(mut self, pieces: &[&[u8]]) -> Self {
+    pub fn pieces(mut self, pieces: &[&[u8]]) -> Self {
         // The word that the last piece of odd length left unfinished.
         let mut half: Option<u8> = None;
         for piece in pieces {
             let mut piece = *piece;
             if let (Some(first), Some((second, rest))) = (half, piece.split_first()) {
-                self = self.add(&[first, *second]);
+                self = self.bytes(&[first, *second]);
                 (half, piece) = (None, rest);
             }
             match piece.split_last() {
                 Some((last, even)) if piece.len() % 2 == 1 => {
-                    self = self.add(even);
+                    self = self.bytes(even);
                     half = Some(*last);
                 }
-                _ => self = self.add(piece),
+                _ => self = self.bytes(piece),
             }
         }
-        half.map_or(self, |last| self.add(&[last]))
+        half.map_or(self, |last| self.bytes(&[last]))
     }
 
     /// Adds what a transport protocol's checksum covers of the IP header.
@@ -110,9 +110,9 @@ impl Sum {
     pub fn pseudo_header(self, source: IpAddr, destination: IpAddr, protocol: u8, length: usize) -> Self {
         let sum = match (source, destination) {
             (IpAddr::V4(source), IpAddr::V4(destination)) => {
-                self.add(&source.octets()).add(&destination.octets())
+                self.bytes(&source.octets()).bytes(&destination.octets())
             }
-            (source, destination) => self.add(&v6_of(source).octets()).add(&v6_of(destination).octets()),
+            (source, destination) => self.bytes(&v6_of(source).octets()).bytes(&v6_of(destination).octets()),
         };
         Self(fold32(sum.0 + u64::from(protocol) + length as u64))
     }
@@ -211,7 +211,7 @@ impl<'a> Ip<'a> {
         }
         let packet = bytes.get(..total)?;
         let header = packet.get(..header_bytes)?;
-        if Sum::default().add(header).folded() != 0xffff {
+        if Sum::default().bytes(header).folded() != 0xffff {
             return None;
         }
         let bits = be16(header, 6)?;
@@ -295,7 +295,7 @@ impl<'a> Ip<'a> {
         } else {
             sum.pseudo_header(self.source, self.destination, self.protocol, self.payload.len())
         };
-        sum.add(self.payload).folded() == 0xffff
+        sum.bytes(self.payload).folded() == 0xffff
     }
 }
 
@@ -383,7 +383,7 @@ impl Headers {
                 header[9] = protocol;
                 header[12..16].copy_from_slice(&source.octets());
                 header[16..20].copy_from_slice(&destination.octets());
-                let checksum = Sum::default().add(&header).checksum();
+                let checksum = Sum::default().bytes(&header).checksum();
                 header[10..12].copy_from_slice(&checksum.to_be_bytes());
                 self.push(&header);
             }
@@ -424,11 +424,11 @@ mod tests {
             let sum = sum + (u32::from(pair[0]) << 8 | u32::from(*pair.get(1).unwrap_or(&0)));
             (sum & 0xffff) + (sum >> 16)
         });
-        assert_eq!(u32::from(Sum::default().add(&bytes).folded()), simple);
+        assert_eq!(u32::from(Sum::default().bytes(&bytes).folded()), simple);
         for cut in [0, 1, 2, 3, 500, 501, 998, 999] {
             let (a, b) = bytes.split_at(cut);
             let (b, c) = b.split_at(b.len() / 3);
-            assert_eq!(u32::from(Sum::default().add_pieces(&[a, b, &[], c]).folded()), simple, "{cut}");
+            assert_eq!(u32::from(Sum::default().pieces(&[a, b, &[], c]).folded()), simple, "{cut}");
         }
     }
 
