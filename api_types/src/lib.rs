@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod cpu_pinning;
+mod disk;
 mod host_report;
 mod limits;
 mod memory;
@@ -16,6 +17,7 @@ mod topology;
 mod vm_spec;
 
 pub use cpu_pinning::{CpuPinning, MAX_HOST_CPU, ParsePinningError};
+pub use disk::{DiskImageFormat, DiskIo, DiskSpec, OnDiskError, ParseDiskError};
 pub use host_report::{CheckState, HOST_REPORT_VERSION, HostCheck, HostReport};
 pub use limits::{Limits, ParseLimitError};
 pub use memory::{HugePages, MemoryOptions, MemorySpec, ParseMemoryError};
@@ -27,7 +29,4 @@ pub use net_address::{Ipv4Network, Ipv6Prefix, MacAddress, ParseAddressError};
 pub use port_forward::{ParseForwardError, PortForward, Protocol};
 pub use size::{ByteSize, ParseSizeError};
 pub use topology::{CpuTopology, ParseTopologyError};
-pub use vm_spec::{
-    Accelerator, BootSpec, DEFAULT_CPU, DEFAULT_MEMORY, DiskImageFormat, DiskSpec, OnCrash, ParseDiskError,
-    VmSpec,
-};
+pub use vm_spec::{Accelerator, BootSpec, DEFAULT_CPU, DEFAULT_MEMORY, OnCrash, VmSpec};

@@ -1,11 +1,10 @@
 //! A virtual machine as a document.
 
 use std::path::PathBuf;
-use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{ByteSize, CpuPinning, CpuTopology, MemoryOptions, NetSpec};
+use crate::{ByteSize, CpuPinning, CpuTopology, DiskSpec, MemoryOptions, NetSpec};
 
 /// What executes the guest's instructions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -29,75 +28,6 @@ pub enum OnCrash {
     Exit,
     /// The machine is reset and boots again.
     Reset,
-}
-
-/// A disk.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct DiskSpec {
-    /// Image file or block device.
-    pub path: PathBuf,
-    /// The guest may not write.
-    #[serde(default)]
-    pub readonly: bool,
-    /// Format of the image; without it, the name decides: `.qcow2`, else raw.
-    #[serde(default)]
-    pub format: Option<DiskImageFormat>,
-}
-
-/// A format of disk images.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum DiskImageFormat {
-    /// Byte N of the disk is byte N of the image.
-    Raw,
-    /// QEMU's copy-on-write format, versions 2 and 3.
-    Qcow2,
-}
-
-/// Text that does not describe a disk.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum ParseDiskError {
-    /// No path.
-    #[error("'{0}' names no image; write PATH, or PATH with options such as PATH,readonly")]
-    NoPath(String),
-    /// An option nobody knows.
-    #[error(
-        "unknown disk option '{option}' in '{text}'; the options are: readonly, format=raw, format=qcow2"
-    )]
-    UnknownOption {
-        /// The option.
-        option: String,
-        /// The whole text.
-        text: String,
-    },
-}
-
-impl FromStr for DiskSpec {
-    type Err = ParseDiskError;
-
-    /// `PATH[,readonly][,format=raw|qcow2]`. A comma in a path is written twice.
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let protected = text.replace(",,", "\0");
-        let mut parts = protected.split(',');
-        let path = parts.next().unwrap_or_default().replace('\0', ",");
-        if path.is_empty() {
-            return Err(ParseDiskError::NoPath(text.to_owned()));
-        }
-        let mut disk = Self { path: path.into(), readonly: false, format: None };
-        for option in parts {
-            match option {
-                "readonly" => disk.readonly = true,
-                "format=raw" => disk.format = Some(DiskImageFormat::Raw),
-                "format=qcow2" => disk.format = Some(DiskImageFormat::Qcow2),
-                _ => {
-                    let option = option.replace('\0', ",");
-                    return Err(ParseDiskError::UnknownOption { option, text: text.to_owned() });
-                }
-            }
-        }
-        Ok(disk)
-    }
 }
 
 /// What the machine starts.
@@ -196,19 +126,6 @@ impl VmSpec {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn disks_are_read_as_the_command_line_writes_them() {
-        let disk: DiskSpec = "a.img".parse().unwrap();
-        assert_eq!(disk, DiskSpec { path: "a.img".into(), readonly: false, format: None });
-        let disk: DiskSpec = "odd,,name.img,readonly".parse().unwrap();
-        assert_eq!(disk, DiskSpec { path: "odd,name.img".into(), readonly: true, format: None });
-        let disk: DiskSpec = "a.img,format=qcow2".parse().unwrap();
-        assert_eq!(disk.format, Some(DiskImageFormat::Qcow2));
-        assert!("a,format=vmdk".parse::<DiskSpec>().is_err());
-        assert!(matches!("".parse::<DiskSpec>(), Err(ParseDiskError::NoPath(_))));
-        assert!(matches!("a,fast".parse::<DiskSpec>(), Err(ParseDiskError::UnknownOption { .. })));
-    }
 
     #[test]
     fn a_document_with_only_a_name_has_every_default_and_reads_back() {
