@@ -77,6 +77,20 @@
 //! end, which costs a read and a look a round of the event loop. Nobody can make the memory fault, because it can
 //! not shrink; punching a hole makes zeros, which are refused as a record.
 //!
+//! # Figures
+//!
+//! `network/examples/ring_speed.rs`, one pair of 1 MiB rings, two threads on two cores of a shared server (AMD EPYC),
+//! one copy in and one copy out, 64 frames a bell:
+//!
+//! | frame, bytes | to the peer | to the machine |
+//! |---|---|---|
+//! | 60 | 15.8 M frames/s, 0.95 GB/s | 18.1 M frames/s, 1.08 GB/s |
+//! | 1,514 | 10.4 M frames/s, 15.8 GB/s | 10.9 M frames/s, 16.5 GB/s |
+//! | 9,014 | 2.80 M frames/s, 25.2 GB/s | 2.71 M frames/s, 24.4 GB/s |
+//! | 65,549 | 0.42 M frames/s, 27.5 GB/s | 0.40 M frames/s, 26.1 GB/s |
+//!
+//! A round trip between two sides that sleep each time takes 7.8 µs, nearly all of it the host's scheduler.
+//!
 //! # Lock order
 //!
 //! [`RingPort`]: a pair's sending half and receiving half each have a lock, taken one at a time; the receiving one

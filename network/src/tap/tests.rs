@@ -361,6 +361,38 @@ fn devices_that_cannot_be_used_are_named_with_what_to_do() {
 }
 
 #[test]
+fn a_user_without_rights_is_told_what_to_ask_for() {
+    const USER: &str = "ATOLL_TEST_WITHOUT_RIGHTS";
+    if std::env::var_os(USER).is_some() {
+        let error = TapPort::open_tap("tap0", 1).err().expect("an error");
+        match &error {
+            // Depends on who may open the node; some hosts let everybody.
+            TapError::Node { path, .. } => assert_eq!(path, TUN_DEVICE),
+            TapError::Missing { .. } => {
+                assert!(error.to_string().contains("ip tuntap add dev tap0 mode tap"))
+            }
+            other => panic!("{other}"),
+        }
+        return;
+    }
+    if !rustix::process::geteuid().is_root() || !Path::new(TUN_DEVICE).exists() {
+        println!("skipped: only root can become a user without rights, and the host must have {TUN_DEVICE}");
+        return;
+    }
+    let mut command = Command::new("setpriv");
+    command.args(["--reuid", "65534", "--regid", "65534", "--clear-groups", "--bounding-set=-all"]);
+    command.arg(std::env::current_exe().unwrap());
+    command.args(["--exact", "tap::tests::a_user_without_rights_is_told_what_to_ask_for"]).env(USER, "1");
+    match command.output() {
+        Ok(output) if output.status.code() == Some(126 | 127) => {
+            println!("skipped: nobody may run this test")
+        }
+        Ok(output) => assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout)),
+        Err(error) => println!("skipped: no setpriv: {error}"),
+    }
+}
+
+#[test]
 fn names_and_numbers_that_cannot_be_are_refused_before_anything_is_opened() {
     let error = |name, pairs| TapPort::open_tap(name, pairs).err().expect("an error");
     assert!(matches!(error("tap%d", 1), TapError::Name(_)));
