@@ -255,22 +255,44 @@ fn await_answer(stream: &UnixStream) -> io::Result<()> {
         Err(error) => return Err(error.into()),
     }
     let deadline = Instant::now() + START_PATIENCE;
-    let mut answer = [0; LENGTH_BYTES + PROBE.len()];
-    let mut have = 0;
-    while have < answer.len() {
-        let patience = deadline.saturating_duration_since(Instant::now());
-        if !wait_readable(std::os::fd::AsFd::as_fd(stream), Some(patience))? {
+    let mut frame = Vec::new();
+    loop {
+        let mut length = [0; LENGTH_BYTES];
+        if !fill(stream, &mut length, deadline)? {
             // Without IPv4 there is no ARP, and no answer. It has not ended.
             return Ok(());
         }
-        match rustix::net::recv(stream, &mut answer[have..], RecvFlags::DONTWAIT) {
-            Ok((0, _)) | Err(Errno::CONNRESET) => return Err(ended()),
+        let len = u32::from_be_bytes(length) as usize;
+        if !(MIN_FRAME..=MAX_FRAME).contains(&len) {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "it does not speak passt's protocol"));
+        }
+        frame.resize(len, 0);
+        if !fill(stream, &mut frame, deadline)? {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        // Others, such as router advertisements, come before a guest could hear them.
+        if frame[..6] == PROBE[6..12] && frame[12..14] == PROBE[12..14] {
+            return Ok(());
+        }
+    }
+}
+
+/// Reads exactly as many bytes as `buffer` has. False: not one came until `deadline`. `TimedOut`: some did.
+fn fill(stream: &UnixStream, buffer: &mut [u8], deadline: Instant) -> io::Result<bool> {
+    let mut have = 0;
+    while have < buffer.len() {
+        let patience = deadline.saturating_duration_since(Instant::now());
+        if !wait_readable(std::os::fd::AsFd::as_fd(stream), Some(patience))? {
+            return if have == 0 { Ok(false) } else { Err(io::ErrorKind::TimedOut.into()) };
+        }
+        match rustix::net::recv(stream, &mut buffer[have..], RecvFlags::DONTWAIT) {
+            Ok((0, _)) | Err(Errno::CONNRESET) => return Err(io::ErrorKind::UnexpectedEof.into()),
             Ok((count, _)) => have += count,
             Err(Errno::INTR | Errno::AGAIN) => {}
             Err(error) => return Err(error.into()),
         }
     }
-    Ok(())
+    Ok(true)
 }
 
 /// The connection ends: why.

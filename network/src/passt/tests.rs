@@ -171,6 +171,24 @@ fn a_program_that_is_missing_or_fails_is_one_clear_line() {
     assert_eq!(error(program("exit 3")), "passt did not start: exit status: 3");
 }
 
+#[test]
+fn what_comes_before_the_answer_is_read_away_whole() {
+    let answer = |before: &[u8]| {
+        let (own, mut other) = UnixStream::pair().unwrap();
+        let mut reply = vec![0u8; 42];
+        reply[..6].copy_from_slice(&[2, 0, 0, 0, 0, 1]);
+        reply[12..14].copy_from_slice(&[8, 6]);
+        other.write_all(&[before, &on_the_wire(&reply), &on_the_wire(&[5; 20])].concat()).unwrap();
+        let result = await_answer(&own);
+        let mut rest = [0; 24];
+        result.map(|()| (&own).read_exact(&mut rest).unwrap()).map(|()| rest.to_vec())
+    };
+    let next = on_the_wire(&[5; 20]);
+    assert_eq!(answer(&[]).unwrap(), next);
+    assert_eq!(answer(&on_the_wire(&[9; 1000])).unwrap(), next);
+    assert_eq!(answer(&[0xff; 4]).unwrap_err().kind(), io::ErrorKind::InvalidData);
+}
+
 /// passt, unless it is not installed or cannot work here.
 fn real(arguments: &[&str]) -> Option<PasstPort> {
     let arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
