@@ -769,3 +769,97 @@ fn a_flood_of_packets_has_bounded_memory() {
     // Other tests run in this process at the same time: their memory is counted too.
     assert!(growth < 64 << 20, "{growth} bytes more than after a tenth of the packets");
 }
+
+/// Runs the test of this name again in a network namespace of its own, where the host has the addresses 192.0.2.1
+/// and 2001:db8::1 and may make sockets for echo. True: this is that run. False: it was run, or the
+/// host lets nobody make namespaces, which is said.
+fn in_a_namespace(test: &str) -> bool {
+    const VARIABLE: &str = "ATOLL_TEST_IN_NAMESPACE";
+    const SETUP: &str = "set -e; ip link set lo up
+        ip address add 192.0.2.1/32 dev lo; ip address add 2001:db8::1/128 dev lo nodad
+        echo '0 0' > /proc/sys/net/ipv4/ping_group_range";
+    if std::env::var_os(VARIABLE).is_some() {
+        return true;
+    }
+    let unshare = |script: &str| {
+        let mut command = std::process::Command::new("unshare");
+        command.args(["--map-root-user", "--net", "sh", "-c", script]).env(VARIABLE, "1");
+        command
+    };
+    if !unshare(SETUP).status().is_ok_and(|status| status.success()) {
+        eprintln!("{test}: this host makes no network namespaces; not run");
+        return false;
+    }
+    let mut command = unshare(&format!("{SETUP}; exec \"$0\" --exact \"$1\" --nocapture"));
+    command.arg(std::env::current_exe().unwrap()).arg(format!("nat::tests::{test}"));
+    assert!(command.status().unwrap().success(), "it failed in its namespace");
+    false
+}
+
+#[test]
+fn echo_requests_leave_by_sockets_of_the_host() {
+    if !in_a_namespace("echo_requests_leave_by_sockets_of_the_host") {
+        return;
+    }
+    let mut net = Net::closed();
+    for (from, to, protocol, request, reply) in
+        [("10.0.2.15", "192.0.2.1", ICMP, 8, 0), ("fd61:746f:6c6c::15", "2001:db8::1", ICMPV6, 128, 129)]
+    {
+        let (from, to): (IpAddr, IpAddr) = (from.parse().unwrap(), to.parse().unwrap());
+        for n in 1..4 {
+            let mut message = vec![request, 0, 0, 0, 0xab, 0xcd, 0, n];
+            message.extend((0..1000_u32).map(|n| n as u8));
+            let trusted = FrameHeader { data_valid: true, ..FrameHeader::default() };
+            net.send_with(&trusted, &packet(from, to, protocol, 64, &message));
+            let got = net.expect();
+            assert_eq!((got.from, got.to), (to, from));
+            assert_eq!((got.payload[0], &got.payload[4..]), (reply, &message[4..]));
+        }
+    }
+    assert_eq!(net.nat.stats().echo_requests, 6);
+}
+
+#[test]
+fn the_hosts_own_addresses_do_not_lead_to_its_loopback() {
+    if !in_a_namespace("the_hosts_own_addresses_do_not_lead_to_its_loopback") {
+        return;
+    }
+    let mut net = Net::closed();
+    for (guest, own, loopback, port_error) in
+        [(GUEST, "192.0.2.1", "127.0.0.1", (3, 3)), (GUEST6, "2001:db8::1", "::1", (1, 4))]
+    {
+        let inside = UdpSocket::bind((loopback, 0)).unwrap();
+        let port = inside.local_addr().unwrap().port();
+        let remote = SocketAddr::new(own.parse().unwrap(), port).to_string();
+        net.send(&datagram(guest, &remote, b"trick"));
+        assert_eq!(net.expect().icmp(), Some(port_error));
+        inside.set_nonblocking(true).unwrap();
+        assert!(inside.recv(&mut [0; 16]).is_err());
+        let server = UdpSocket::bind((own, 0)).unwrap();
+        let port = server.local_addr().unwrap().port();
+        net.send(&datagram(guest, &SocketAddr::new(own.parse().unwrap(), port).to_string(), b"service"));
+        let (_, from) = server.recv_from(&mut [0; 16]).unwrap();
+        assert_eq!(from.ip().to_string(), own, "not from loopback, which services trust");
+    }
+}
+
+#[test]
+fn a_missing_route_is_told() {
+    if !in_a_namespace("a_missing_route_is_told") {
+        return;
+    }
+    let mut net = Net::closed();
+    for (guest, remote, error) in [(GUEST, "198.51.100.1:9", (3, 0)), (GUEST6, "[2001:db8:1::1]:9", (1, 0))] {
+        net.send(&datagram(guest, remote, b"x"));
+        let got = net.expect();
+        assert_eq!(got.icmp(), Some(error));
+        assert!(net.nat.sender.addresses.is_gateway(got.from));
+    }
+    assert_eq!(net.nat.stats().udp_flows, 0);
+}
+
+#[test]
+fn without_the_right_to_echo_the_guest_is_told() {
+    let denied = std::io::Error::from(rustix::io::Errno::ACCESS);
+    assert_eq!(Trouble::of(&denied, 1500), Some(Trouble::Prohibited));
+}
