@@ -3,7 +3,7 @@
 //!
 //! No call here waits; where a call would, it says so with [`io::ErrorKind::WouldBlock`]. Signals that interrupt a
 //! call are dealt with inside. The system calls: `socket`, `connect`, `getsockopt`, `setsockopt`, `sendto`,
-//! `recvmsg`, `recvfrom`, `shutdown`, `close`, and `poll` on kernels before 6.9.
+//! `recvmsg`, `recvfrom`, `shutdown`, `close`, `ioctl` (FIONBIO), and `poll` on kernels before 6.9.
 
 use std::io;
 use std::net::SocketAddr;
