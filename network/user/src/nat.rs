@@ -264,7 +264,7 @@ impl<F: FrameIo, P: Poller, H: Host> Nat<F, P, H> {
         }
         if let Some(payload) = self.reassembly.add(&ip, fragment, now) {
             self.sender.stats.reassembled += 1;
-            let mut whole = Ip { payload: &payload, fragment: None, ..ip };
+            let mut whole = Ip { payload: &payload, fragment: None, dont_fragment: false, ..ip };
             whole.finish().then_some(())?;
             // What was fragmented had its checksum computed.
             let marks = Marks { trusted: false, udp_segment: None, ..marks };

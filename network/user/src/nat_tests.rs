@@ -859,6 +859,39 @@ fn a_missing_route_is_told() {
 }
 
 #[test]
+fn a_way_that_carries_less_is_told() {
+    if !in_a_namespace("a_way_that_carries_less_is_told") {
+        return;
+    }
+    let lo = std::process::Command::new("ip").args(["link", "set", "lo", "mtu", "1400"]).status();
+    assert!(lo.unwrap().success());
+    let mut net = Net::closed();
+    for (guest, own, error, at) in [(GUEST, "192.0.2.1", (3, 4), 6), (GUEST6, "2001:db8::1", (2, 0), 6)] {
+        let server = UdpSocket::bind((own, 0)).unwrap();
+        let remote = server.local_addr().unwrap().to_string();
+        net.send(&datagram(guest, &remote, &[1; 1400]));
+        let got = net.expect();
+        assert_eq!((got.icmp(), &got.payload[at..8]), (Some(error), &[5, 120][..]), "1400 bytes");
+        net.send(&datagram(guest, &remote, &[2; 1300]));
+        let mut buffer = [0; 2048];
+        assert_eq!(server.recv(&mut buffer).unwrap(), 1300);
+        // What the guest fragments, the host may fragment.
+        let whole = datagram(guest, &remote, &[3; 1400]);
+        let ip_bytes = if guest == GUEST { IPV4_BYTES } else { IPV6_BYTES };
+        let udp = &whole[14 + ip_bytes..];
+        for (offset, part) in [(0, &udp[..800]), (800, &udp[800..])] {
+            let fragment = crate::wire::Fragment { id: 1, offset, more: offset == 0 };
+            let kind = if guest == GUEST { ETHERTYPE_IPV4 } else { ETHERTYPE_IPV6 };
+            let mut headers = Headers::ethernet(GATEWAY_MAC, MAC, kind);
+            let (from, to) = (address(guest).ip(), address(&remote).ip());
+            headers.ip(from, to, UDP, 64, part.len(), Some(fragment));
+            net.send(&[headers.bytes(), part].concat());
+        }
+        assert_eq!(server.recv(&mut buffer).unwrap(), 1400);
+    }
+}
+
+#[test]
 fn without_the_right_to_echo_the_guest_is_told() {
     let denied = std::io::Error::from(rustix::io::Errno::ACCESS);
     assert_eq!(Trouble::of(&denied, 1500), Some(Trouble::Prohibited));

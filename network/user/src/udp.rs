@@ -12,6 +12,12 @@
 //! Flows end after [`IDLE`] without a datagram in either direction (REQ-5, REQ-6: a guest's or a remote's counts).
 //! There are at most as many as the network was told; the one idle longest makes room. A socket that is refused
 //! tells the guest (REQ-14: by ICMP), the flow stays.
+//!
+//! # Path MTU
+//!
+//! A guest that forbids fragmentation, as Linux does with every datagram that fits its MTU, wants to be told what
+//! the way carries: its flow's socket forbids it too, and what the host says is too long becomes "fragmentation
+//! needed" or "packet too big". When the guest allows it or has fragmented a datagram itself, the host may as well.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -19,6 +25,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
+use rustix::net::sockopt::{self, Ipv4PathMtuDiscovery, Ipv6PathMtuDiscovery};
 use rustix::net::{RecvFlags, SendFlags, SocketAddrAny};
 
 use crate::forward::Forwards;
@@ -29,7 +36,7 @@ use crate::output::Flow4Tuple;
 use crate::policy::{NatPolicy, Policy};
 use crate::poller::{Owner, Poller};
 use crate::sender::{FrameIo, Sender, Sending};
-use crate::wire::Ip;
+use crate::wire::{IPV4_BYTES, IPV6_BYTES, Ip, UDP_BYTES};
 
 /// How long a flow lives without a datagram. RFC 4787 (REQ-5) has two minutes at least.
 pub const IDLE: Duration = Duration::from_secs(180);
@@ -50,6 +57,8 @@ struct Flow {
     way: Way,
     /// Not watched until there is room for the guest.
     paused: bool,
+    /// The host must not fragment what it sends.
+    whole: bool,
 }
 
 /// Memory of one flow, with its share of the table, of the map of ports and of the list of those that wait, bytes.
@@ -122,7 +131,8 @@ impl UdpTable {
             },
         };
         self.flows.touch(handle, cx.now);
-        let Some(flow) = self.flows.get(handle) else { return };
+        let Some(flow) = self.flows.get_mut(handle) else { return };
+        flow.forbid_fragments(ip.dont_fragment);
         let size = segment.map_or(payload.len(), usize::from).max(1);
         if payload.is_empty() {
             return flow.send(payload, ip, cx);
@@ -157,7 +167,7 @@ impl UdpTable {
         let (socket, port) = made.map_err(|error| Trouble::of(&error, mtu))?;
         let uses = self.ports.entry(tuple.guest).or_insert((port, 0));
         uses.1 += 1;
-        let flow = Flow { tuple, way: Way::Socket { socket, peer }, paused: false };
+        let flow = Flow { tuple, way: Way::Socket { socket, peer }, paused: false, whole: false };
         Ok(self.insert(flow, cx))
     }
 
@@ -221,7 +231,7 @@ impl UdpTable {
                 Err(Errno::AGAIN) => return,
                 Err(Errno::INTR) => {}
                 Err(error) => {
-                    let mtu = cx.sender.addresses.mtu.into();
+                    let mtu = path_mtu(&flow.way, &tuple);
                     if let Some(trouble) = Trouble::of(&error.into(), mtu) {
                         tell_udp(cx.sender, &tuple, trouble);
                     }
@@ -279,7 +289,7 @@ impl UdpTable {
             match self.flows.find(&tuple) {
                 None => {
                     let way = Way::Forward { forward, client };
-                    return Some(self.insert(Flow { tuple, way, paused: false }, cx));
+                    return Some(self.insert(Flow { tuple, way, paused: false, whole: false }, cx));
                 }
                 Some(handle) => {
                     let same = self.flows.get(handle).is_some_and(|flow| {
@@ -329,6 +339,32 @@ impl UdpTable {
 }
 
 impl Flow {
+    /// Has the host fragment datagrams or not.
+    fn forbid_fragments(&mut self, whole: bool) {
+        let Way::Socket { socket, .. } = &self.way else { return };
+        if self.whole == whole {
+            return;
+        }
+        self.whole = whole;
+        let (v4, v6) = if whole {
+            (Ipv4PathMtuDiscovery::DO, Ipv6PathMtuDiscovery::DO)
+        } else {
+            (Ipv4PathMtuDiscovery::WANT, Ipv6PathMtuDiscovery::WANT)
+        };
+        // A host that does not know it fragments.
+        let _ = if self.tuple.is_v6() {
+            sockopt::set_ipv6_mtu_discover(socket, v6)
+        } else {
+            sockopt::set_ip_mtu_discover(socket, v4)
+        };
+    }
+
+    /// Whether the way, as far as it is known, carries a datagram.
+    fn fits(&self, datagram: &[u8]) -> bool {
+        let headers = UDP_BYTES + if self.tuple.is_v6() { IPV6_BYTES } else { IPV4_BYTES };
+        headers + datagram.len() <= path_mtu(&self.way, &self.tuple) as usize
+    }
+
     fn send<F: FrameIo>(&self, datagram: &[u8], ip: &Ip<'_>, cx: &mut UdpContext<'_, F>) {
         let mut attempts = 0;
         loop {
@@ -341,7 +377,7 @@ impl Flow {
                 },
             };
             let Err(error) = result else { return };
-            let trouble = Trouble::of(&error.into(), path_mtu(&self.way, ip));
+            let trouble = Trouble::of(&error.into(), path_mtu(&self.way, &self.tuple));
             match error {
                 // The send queue is full: dropped as networks do.
                 Errno::AGAIN | Errno::NOBUFS => return,
@@ -352,6 +388,8 @@ impl Flow {
                         tell_about(cx.sender, ip, trouble);
                     }
                 }
+                // Too long for the way, but not longer than what it carries: the error was an earlier one's.
+                Errno::MSGSIZE if attempts < 3 && self.fits(datagram) => {}
                 _ => {
                     if let Some(trouble) = trouble {
                         tell_about(cx.sender, ip, trouble);
@@ -364,13 +402,9 @@ impl Flow {
 }
 
 /// What the way of a flow carries, bytes of IP packet.
-fn path_mtu(way: &Way, ip: &Ip<'_>) -> u32 {
+fn path_mtu(way: &Way, tuple: &Flow4Tuple) -> u32 {
     let Way::Socket { socket, .. } = way else { return 1500 };
-    let mtu = if ip.source.is_ipv4() {
-        rustix::net::sockopt::ip_mtu(socket)
-    } else {
-        rustix::net::sockopt::ipv6_mtu(socket)
-    };
+    let mtu = if tuple.is_v6() { sockopt::ipv6_mtu(socket) } else { sockopt::ip_mtu(socket) };
     mtu.unwrap_or(1500)
 }
 

@@ -190,7 +190,7 @@ pub struct Ip<'a> {
     pub protocol: u8,
     /// Time to live or hop limit.
     pub hops: u8,
-    /// IPv4: it must not be fragmented. Always so in IPv6.
+    /// It must not be fragmented. Always so in IPv6, but for what its sender has fragmented itself.
     pub dont_fragment: bool,
     /// Set for a fragment of a larger datagram.
     pub fragment: Option<Fragment>,
