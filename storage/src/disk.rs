@@ -29,6 +29,7 @@
 //! transfer goes, so that the host can carry it out while no thread waits.
 
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 
 use atoll_foundation::volatile_io;
 use vm_memory::VolatileSlice;
@@ -158,6 +159,68 @@ pub trait Disk: Send + Sync {
 
     /// Counters since it was opened.
     fn metrics(&self) -> &DiskMetrics;
+}
+
+impl<T: Disk + ?Sized> Disk for Arc<T> {
+    fn capacity_bytes(&self) -> u64 {
+        (**self).capacity_bytes()
+    }
+
+    fn logical_block_size(&self) -> u32 {
+        (**self).logical_block_size()
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        (**self).capabilities()
+    }
+
+    fn read_at(&self, offset: u64, buffers: &[VolatileSlice<'_>]) -> Result<(), DiskError> {
+        (**self).read_at(offset, buffers)
+    }
+
+    fn write_at(&self, offset: u64, buffers: &[VolatileSlice<'_>]) -> Result<(), DiskError> {
+        (**self).write_at(offset, buffers)
+    }
+
+    fn flush(&self) -> Result<(), DiskError> {
+        (**self).flush()
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> Result<(), DiskError> {
+        (**self).discard(offset, len)
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<(), DiskError> {
+        (**self).write_zeroes(offset, len, unmap)
+    }
+
+    fn resize(&self, capacity: u64) -> Result<(), DiskError> {
+        (**self).resize(capacity)
+    }
+
+    fn try_read_at(&self, offset: u64, buffers: &[VolatileSlice<'_>]) -> Option<Result<(), DiskError>> {
+        (**self).try_read_at(offset, buffers)
+    }
+
+    fn try_write_at(&self, offset: u64, buffers: &[VolatileSlice<'_>]) -> Option<Result<(), DiskError>> {
+        (**self).try_write_at(offset, buffers)
+    }
+
+    fn direct_file(&self) -> Option<BorrowedFd<'_>> {
+        (**self).direct_file()
+    }
+
+    fn begin_direct(&self, operation: Operation, offset: u64, len: u64) -> Option<Direct> {
+        (**self).begin_direct(operation, offset, len)
+    }
+
+    fn end_direct(&self, direct: Direct, end: DirectEnd) {
+        (**self).end_direct(direct, end);
+    }
+
+    fn metrics(&self) -> &DiskMetrics {
+        (**self).metrics()
+    }
 }
 
 /// The number of bytes in a list of buffers.

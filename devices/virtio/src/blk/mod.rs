@@ -31,6 +31,8 @@ use crate::lock;
 use crate::queue::{Progress, QueueError, QueueRun};
 
 mod flight;
+#[cfg(test)]
+mod flight_tests;
 pub mod metrics;
 mod request;
 pub mod saved_state;
