@@ -96,6 +96,8 @@ pub struct PasstPort {
 /// A passt of our own.
 struct Process {
     child: Child,
+    /// What it prints, until somebody reads it.
+    unread: Option<ChildStderr>,
     log: Option<JoinHandle<()>>,
 }
 
@@ -131,7 +133,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl PasstPort {
     /// Starts passt and waits until it answers. It inherits this process' network namespace, so it has to be
-    /// started before the process leaves the host's. What it prints is passed on as warnings.
+    /// started before the process leaves the host's; no thread is started, which would keep it there. What passt prints
+    /// is passed on as warnings from [`Port::watch`] on.
     pub fn start(options: &PasstOptions) -> Result<Self, PasstError> {
         let program = options.program.clone().unwrap_or_else(|| PathBuf::from("passt"));
         let (own, theirs) = UnixStream::pair()?;
@@ -146,9 +149,9 @@ impl PasstPort {
             io::ErrorKind::NotFound => PasstError::NotInstalled { program: program.display().to_string() },
             _ => PasstError::Host(error),
         })?;
-        let last_line = Arc::default();
-        let log = child.stderr.take().and_then(|stderr| log_lines(stderr, Arc::clone(&last_line)));
-        let process = Process { child, log };
+        let last_line: Arc<Mutex<String>> = Arc::default();
+        let unread = child.stderr.take();
+        let process = Process { child, unread, log: None };
         if let Err(error) = await_answer(&own) {
             return Err(process.why_ended(&last_line, error));
         }
@@ -200,12 +203,20 @@ impl Process {
         status
     }
 
-    fn why_ended(mut self, last_line: &Mutex<String>, error: io::Error) -> PasstError {
+    /// Passes on what it prints, on a thread of its own.
+    fn read_log(&mut self, last_line: &Arc<Mutex<String>>) {
+        if let Some(stderr) = self.unread.take() {
+            self.log = log_lines(stderr, Arc::clone(last_line));
+        }
+    }
+
+    fn why_ended(mut self, last_line: &Arc<Mutex<String>>, error: io::Error) -> PasstError {
         if error.kind() != io::ErrorKind::UnexpectedEof {
             let _ = self.child.kill();
             self.join();
             return PasstError::Host(error);
         }
+        self.read_log(last_line);
         let status = self.join();
         let line = lock(last_line).clone();
         PasstError::Ended(if line.is_empty() { status } else { line })
@@ -463,6 +474,9 @@ impl Port for PasstPort {
             .watcher
             .set((events.clone(), listener.clone()))
             .map_err(|_| io::Error::new(io::ErrorKind::AlreadyExists, "the port is already watched"))?;
+        if let Some(process) = lock(&self.process).as_mut() {
+            process.read_log(&self.inner.last_line);
+        }
         let weak = Arc::downgrade(&self.inner);
         self.inner.ready.watch(events, move |direction| match direction {
             Direction::Read => listener(PortEvent::Readable(0)),

@@ -1,5 +1,6 @@
 //! The machine as it will be built: the user's description, checked, with its files open.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use atoll_api_types::{ByteSize, DiskImageFormat, OnCrash, VmSpec};
@@ -14,6 +15,7 @@ use crate::driver::Resources;
 use crate::engine::Engine;
 use crate::error::VmError;
 use crate::host_options::{self, HostResources};
+use crate::network::{self, Interface};
 use crate::{boot, machine, models};
 
 /// One disk, open and locked.
@@ -38,6 +40,10 @@ pub(crate) struct Config {
     pub(crate) ram: Arc<RamBlock>,
     pub(crate) boot: BootFiles,
     pub(crate) disks: Vec<DiskConfig>,
+    /// Shared with the machine: their devices come and go, they stay.
+    pub(crate) networks: Vec<Arc<Interface>>,
+    /// Why the machine's process needs the host's network, if it does.
+    pub(crate) network_needed_by: Option<String>,
     pub(crate) on_crash: OnCrash,
     pub(crate) no_reboot: bool,
     pub(crate) debug_exit: bool,
@@ -81,6 +87,13 @@ impl Config {
         }
         let ram = RamBlock::with_options("ram", map.memory(), &ram_options)
             .map_err(|e| VmError::Memory(format!("cannot make {} of guest memory: {e}", spec.memory)))?;
+        let around = network::Around {
+            machine: &spec.name,
+            cpus: topology.cpus(),
+            helper: resources.helper.as_deref(),
+        };
+        // Last: from here on helper processes run.
+        let networks = network::open(&spec.networks, &around)?;
         Ok(Self {
             name: spec.name.clone(),
             accelerator,
@@ -92,6 +105,8 @@ impl Config {
             ram,
             boot,
             disks,
+            networks,
+            network_needed_by: network_needed_by(spec),
             on_crash: spec.on_crash,
             no_reboot: spec.no_reboot,
             debug_exit: spec.debug_exit,
@@ -103,7 +118,7 @@ impl Config {
     pub(crate) fn summary(&self) -> String {
         let cpus = self.topology.cpus();
         format!(
-            "machine {}: {cpus} CPU{} ({}, {}), {} of memory, {} disk{}",
+            "machine {}: {cpus} CPU{} ({}, {}), {} of memory, {} disk{}, {}",
             self.name,
             if cpus == 1 { "" } else { "s" },
             self.model.name,
@@ -111,6 +126,11 @@ impl Config {
             ByteSize(self.map.memory()),
             self.disks.len(),
             if self.disks.len() == 1 { "" } else { "s" },
+            match self.networks.len() {
+                0 => "no network".to_owned(),
+                1 => "1 network interface".to_owned(),
+                many => format!("{many} network interfaces"),
+            },
         )
     }
 }
@@ -168,6 +188,13 @@ fn open_disk((index, spec): (usize, &atoll_api_types::DiskSpec)) -> Result<DiskC
     let disk =
         atoll_storage::open_disk(&spec.path, options, format).map_err(|e| VmError::Disk(e.to_string()))?;
     Ok(DiskConfig { disk, serial: format!("disk{index}") })
+}
+
+/// A disk on a server is connected to again when the connection is lost.
+fn network_needed_by(spec: &VmSpec) -> Option<String> {
+    let on_server = |path: &Path| path.to_string_lossy().to_ascii_lowercase().starts_with("nbd://");
+    let disk = spec.disks.iter().find(|disk| on_server(&disk.path))?;
+    Some(format!("disk {} is on a server", disk.path.display()))
 }
 
 /// A stable UUID (version 8, RFC 9562) made from the machine's name, so that a guest sees the same machine

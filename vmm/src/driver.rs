@@ -17,12 +17,13 @@
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use atoll_api_types::{OnCrash, VmSpec};
+use atoll_api_types::{Limits, OnCrash, VmSpec};
 use atoll_foundation::log_limited;
 use atoll_machine::control::{MachineControl, MachineRequest};
 use atoll_storage::Disk;
+use atoll_virtio::net::{Net, NetLimits};
 
 use crate::accelerator::{BackendKind, Choice};
 use crate::config::Config;
@@ -30,7 +31,9 @@ use crate::console::{ConsoleId, ConsoleOutput};
 use crate::engine::Engine;
 use crate::error::VmError;
 use crate::event::{EventSink, VmEvent};
+use crate::limits::rate_limits;
 use crate::machine::{AnyMachine, MachineInputs, Sink};
+use crate::network::{Interface, NetworkThread};
 
 /// How a run ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -148,23 +151,30 @@ impl Vm {
         &self.config.accelerator
     }
 
+    /// Why this process needs the host's network, if it does: otherwise it may leave it before the machine starts.
+    pub fn needs_network(&self) -> Option<&str> {
+        self.config.network_needed_by.as_deref()
+    }
+
     /// Builds the machine and lets it run on threads of its own.
     pub fn start(self, outputs: VmOutputs) -> Result<VmHandle, VmError> {
         let (sender, receiver) = mpsc::channel();
         let shared = Arc::new(Shared {
             messages: sender,
             inputs: Mutex::new(None),
+            networks: self.config.networks.iter().map(Arc::downgrade).collect(),
             window: Mutex::new(None),
             ended: AtomicBool::new(false),
         });
         let VmOutputs { serial, virtio, rebooted, event, ended } = outputs;
+        let network = NetworkThread::start(&self.config.networks, &EventSink::from(event))?;
         let mut driver = Driver {
             config: self.config,
             shared: shared.clone(),
             serial: serial.into(),
             virtio: virtio.into(),
             rebooted,
-            events: event.into(),
+            _network: network,
             incarnation: 0,
         };
         // The first machine is built here, so that what cannot be built is an error of this call.
@@ -187,6 +197,8 @@ struct Shared {
     messages: Sender<Message>,
     /// The inputs of the machine that runs now.
     inputs: Mutex<Option<MachineInputs>>,
+    /// Its network interfaces, for as long as it has not ended.
+    networks: Vec<Weak<Interface>>,
     /// Columns and rows last announced, for the next incarnation's console.
     window: Mutex<Option<(u16, u16)>>,
     ended: AtomicBool,
@@ -211,6 +223,31 @@ impl VmHandle {
         let inputs = self.shared.inputs.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(inputs) = inputs.as_ref() {
             inputs.console_resized(columns, rows);
+        }
+    }
+
+    /// Changes how much network interface `index` (counted from 0) may carry in each direction. False: the machine has
+    /// no such interface, or is being replaced at this moment.
+    pub fn set_network_limits(&self, index: usize, limits: &Limits) -> bool {
+        let limits = rate_limits(limits);
+        let both = NetLimits { send: limits, receive: limits };
+        self.with_network(index, |interface, net| interface.set_limits(net, both))
+    }
+
+    /// Pulls the cable of network interface `index`, or plugs it in. False as in [`VmHandle::set_network_limits`].
+    pub fn set_network_link(&self, index: usize, up: bool) -> bool {
+        self.with_network(index, |_, net| net.set_link(up))
+    }
+
+    fn with_network(&self, index: usize, change: impl FnOnce(&Interface, &Arc<Net>)) -> bool {
+        let inputs = self.shared.inputs.lock().unwrap_or_else(PoisonError::into_inner);
+        let net = inputs.as_ref().and_then(|inputs| inputs.networks().get(index));
+        match (self.shared.networks.get(index).and_then(Weak::upgrade), net) {
+            (Some(interface), Some(net)) => {
+                change(&interface, net);
+                true
+            }
+            _ => false,
         }
     }
 
@@ -267,8 +304,8 @@ struct Driver {
     serial: Sink,
     virtio: Sink,
     rebooted: Box<dyn Fn() + Send>,
-    #[allow(dead_code, reason = "network devices take it")]
-    events: EventSink,
+    /// After the configuration: ports end before the thread that watches them.
+    _network: Option<NetworkThread>,
     incarnation: u64,
 }
 
@@ -306,6 +343,10 @@ impl Driver {
             *machine = new;
             size
         });
+        let networks = machine.inputs();
+        for (interface, net) in self.config.networks.iter().zip(networks.networks()) {
+            interface.attach(net);
+        }
         self.publish_inputs(&**machine);
         machine.resume();
         result

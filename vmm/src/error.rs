@@ -64,6 +64,17 @@ pub enum VmError {
         /// The most.
         max: usize,
     },
+    /// A network interface that cannot be had.
+    #[error("{0}")]
+    Network(String),
+    /// Too many network interfaces.
+    #[error("{asked} network interfaces asked for; a machine has at most {max}")]
+    Networks {
+        /// What was asked for.
+        asked: usize,
+        /// The most.
+        max: usize,
+    },
     /// The host refused something.
     #[error("{what}: {source}")]
     Host {

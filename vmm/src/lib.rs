@@ -28,8 +28,10 @@ mod error;
 mod event;
 mod host_options;
 mod io;
+mod limits;
 mod machine;
 mod models;
+mod network;
 mod vcpu_thread;
 
 pub use accelerator::{BackendKind, Choice, HostFacts, choose};

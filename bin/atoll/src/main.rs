@@ -35,6 +35,9 @@ enum Verb {
     Cpus(commands::cpus::Args),
     /// Say what this host gives to machines, what will be slow or refused, and how to mend it
     Doctor(commands::doctor::Args),
+    /// The process of user-mode NAT; started by a machine's process
+    #[command(hide = true)]
+    NetworkUser,
 }
 
 fn main() -> std::process::ExitCode {
@@ -48,6 +51,7 @@ fn main() -> std::process::ExitCode {
         Verb::Run(args) => commands::run::run(*args),
         Verb::Cpus(args) => commands::cpus::run(&args),
         Verb::Doctor(args) => commands::doctor::run(&args),
+        Verb::NetworkUser => return commands::network_user::run(),
     };
     match result {
         Ok(code) => code.into(),

@@ -279,6 +279,50 @@ fn more_locked_memory_than_the_user_may_have_is_refused() {
 }
 
 #[test]
+fn networks_that_cannot_be_had_are_refused() {
+    let table = Table::new();
+    table.refused(&["--net", "bridge"], &["'bridge'", "user, none, tap"]);
+    table.refused(&["--net", "user,fast"], &["'fast'", "host-loopback"]);
+    table.refused(&["--net", "none", "--net", "user"], &["--net none"]);
+    table.refused(&["--net", "user,address=10.0.3.15"], &["10.0.3.15", "10.0.2.0/24"]);
+    table.refused(&["--net", "user,forward=tcp:8080:10.9.9.9:80"], &["10.9.9.9", "10.0.2.0/24"]);
+    table.refused(&["--net", "user,forward=tcp:99999:22"], &["99999"]);
+    table.refused(&["--net", "user,mtu=100000"], &["mtu=100000"]);
+    table.refused(&["--net", "user,queues=4"], &["queues=4", "1 CPU"]);
+    table.refused(&["--net", "user,bytes-per-second=fast"], &["'fast'"]);
+    table.refused(&["--net", "tap,name=much-too-long-a-name"], &["much-too-long-a-name"]);
+    table.refused(&["--net", "macvtap,name=atoll-none"], &["atoll-none"]);
+    let nine = ["--net", "user"].repeat(9);
+    table.refused(&nine, &["9 network interfaces"]);
+}
+
+#[test]
+fn a_forwarded_port_in_use_is_refused() {
+    let table = Table::new();
+    let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = tcp.local_addr().unwrap().port().to_string();
+    table.refused(&["--net", &format!("user,forward=tcp:{port}:22")], &[&port, "in use"]);
+    let udp = std::net::UdpSocket::bind("[::1]:0").unwrap();
+    let port = udp.local_addr().unwrap().port().to_string();
+    table.refused(&["--net", &format!("user,forward=udp:[::1]:{port}:53")], &[&port, "in use"]);
+    // An address that this host does not have (RFC 5737).
+    table.refused(&["--net", "user,forward=tcp:203.0.113.9:8080:80"], &["203.0.113.9"]);
+}
+
+#[test]
+fn network_devices_need_rights_and_programs_that_are_there() {
+    let table = Table::new();
+    fs::set_permissions(table.directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let readable = table.kernel.display().to_string();
+    let words = ["--kernel", &readable, "--net", "tap,name=atoll-none"];
+    check(&unprivileged(&table, &words), &words, &["atoll-none"]);
+    let mut command = Command::new(ATOLL);
+    let words = ["--kernel", &readable, "--net", "passt"];
+    command.arg("run").args(words).env("PATH", table.directory.path()).stdin(Stdio::null());
+    check(&command.output().unwrap(), &words, &["passt"]);
+}
+
+#[test]
 fn what_the_host_has_is_given() {
     let table = Table::new();
     let mut options = vec![vec!["--memory", "64M,hugepages=off,prefault"], vec!["--pin", "0"]];

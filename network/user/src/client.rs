@@ -117,11 +117,33 @@ impl UserNet {
         Self::start_command(command, config)
     }
 
-    /// As [`UserNet::start`], with a command of the caller's. Its standard input and output are replaced.
-    pub fn start_command(
-        mut command: Command,
+    /// As [`UserNet::start`], and nobody waits for the process' end until [`UserNet::supervise`]: this process has as
+    /// many threads afterwards as before.
+    pub fn start_unsupervised(
+        program: &Path,
         config: UserNetConfig,
     ) -> Result<(Self, RingPort), UserNetError> {
+        let mut command = Command::new(program);
+        command.arg(VERB);
+        Self::launch(command, config)
+    }
+
+    /// As [`UserNet::start`], with a command of the caller's. Its standard input and output are replaced.
+    pub fn start_command(command: Command, config: UserNetConfig) -> Result<(Self, RingPort), UserNetError> {
+        let (mut network, port) = Self::launch(command, config)?;
+        network.supervise(port.link())?;
+        Ok((network, port))
+    }
+
+    /// Starts the thread that waits for the process' end and then takes the port's link down. Once.
+    pub fn supervise(&mut self, link: RingLink) -> Result<(), UserNetError> {
+        let watcher = self.watch(link);
+        let failed = |source| UserNetError::Control { name: self.shared.name.clone(), source };
+        self.watcher = Some(watcher.map_err(failed)?);
+        Ok(())
+    }
+
+    fn launch(mut command: Command, config: UserNetConfig) -> Result<(Self, RingPort), UserNetError> {
         let addresses = config.check()?;
         let name = config.name.clone();
         let (port, setup) = ring::create(config.queue_pairs, DEFAULT_RING_BYTES)?;
@@ -145,7 +167,7 @@ impl UserNet {
             dead: AtomicBool::new(false),
         });
         let stop = Arc::new(EventFd::new().map_err(host)?);
-        let mut network = Self { shared, control: Mutex::new(control), stop, watcher: None };
+        let network = Self { shared, control: Mutex::new(control), stop, watcher: None };
         // Sent, they are the other process': its end is noticed by their being gone.
         let fds = setup.to_fds();
         let reply = network.ask(&Request::Start(Box::new(config)), &fds);
@@ -155,7 +177,6 @@ impl UserNet {
             Reply::Failed(message) => return Err(UserNetError::Refused(message)),
             _ => return Err(host(io::Error::from(io::ErrorKind::InvalidData))),
         }
-        network.watcher = Some(network.watch(port.link()).map_err(host)?);
         Ok((network, port))
     }
 

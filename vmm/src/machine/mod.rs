@@ -31,6 +31,7 @@ use atoll_machine::state::{ContainerError, StateSection};
 use atoll_machine::time::{HostClock, Timers};
 use atoll_pci::PciRoot;
 use atoll_virtio::console::Console;
+use atoll_virtio::net::Net;
 use atoll_virtio::transport::pci::VirtioPciDevice;
 
 use crate::boot::{self, Tables};
@@ -71,6 +72,7 @@ struct Common {
 pub(crate) struct MachineInputs {
     serial: Arc<Uart>,
     console: Arc<Console>,
+    networks: Vec<Arc<Net>>,
 }
 
 impl MachineInputs {
@@ -86,6 +88,11 @@ impl MachineInputs {
     pub(crate) fn console_resized(&self, columns: u16, rows: u16) {
         self.console.resize(columns, rows);
     }
+
+    /// The network devices, in order.
+    pub(crate) fn networks(&self) -> &[Arc<Net>] {
+        &self.networks
+    }
 }
 
 /// A machine, built and wired; its vCPUs are paused until [`Machine::resume`].
@@ -96,6 +103,7 @@ pub(crate) struct Machine<B: Backend> {
     memory: Arc<AddressSpace>,
     serial: Arc<Uart>,
     console: Arc<Console>,
+    networks: Vec<Arc<Net>>,
     pm: Arc<AcpiPm>,
     virtio: Vec<Arc<VirtioPciDevice>>,
     root: Arc<PciRoot>,
@@ -168,6 +176,7 @@ where
             memory: common.memory,
             serial: chipset.serial,
             console: pci.console,
+            networks: pci.networks,
             pm: chipset.pm,
             virtio: pci.virtio,
             root: chipset.root,
@@ -195,7 +204,11 @@ where
     }
 
     fn inputs(&self) -> MachineInputs {
-        MachineInputs { serial: self.serial.clone(), console: self.console.clone() }
+        MachineInputs {
+            serial: self.serial.clone(),
+            console: self.console.clone(),
+            networks: self.networks.clone(),
+        }
     }
 
     fn press_power_button(&self) {

@@ -6,6 +6,7 @@
 //! | 01.0 | virtio console |
 //! | 02.0 | virtio entropy |
 //! | 03.0 to 12.0 | virtio disks, in order |
+//! | 13.0 to 1a.0 | virtio network interfaces, in order |
 //! | 1b.0 | watchdog |
 //! | 1c.0, 1c.1 | PCIe root ports, empty, for hot-plug |
 //! | 1f.0 | LPC bridge |
@@ -26,6 +27,7 @@ use atoll_pci::{AssignWindows, BarMapper, PciBarMapper, PciDevice, assign_bars, 
 use atoll_virtio::blk::{Blk, BlkOptions};
 use atoll_virtio::console::Console;
 use atoll_virtio::device::VirtioDevice;
+use atoll_virtio::net::Net;
 use atoll_virtio::rng::Rng;
 use atoll_virtio::transport::pci::saved_state::VirtioPciStateV1;
 use atoll_virtio::transport::pci::{VirtioPciDevice, VirtioPciParts};
@@ -38,6 +40,7 @@ use crate::error::VmError;
 const CONSOLE: u8 = 1;
 const RNG: u8 = 2;
 const FIRST_DISK: u8 = 3;
+const FIRST_NETWORK: u8 = 0x13;
 const WATCHDOG: u8 = 0x1b;
 /// I/O ports that BARs are assigned from: above everything with a fixed place.
 const IO_WINDOW: std::ops::Range<u64> = 0xc000..0x1_0000;
@@ -47,6 +50,7 @@ const DEFAULT_WINDOW: (u16, u16) = (80, 25);
 /// The parts that others have to do with.
 pub(super) struct PciDevices {
     pub(super) console: Arc<Console>,
+    pub(super) networks: Vec<Arc<Net>>,
     pub(super) virtio: Vec<Arc<VirtioPciDevice>>,
     pub(super) sections: Vec<(String, Arc<dyn StateSection>)>,
 }
@@ -110,13 +114,19 @@ pub(super) fn build(
         let blk = Blk::new(disk.disk.clone(), &options);
         builder.virtio(&format!("blk{index}"), FIRST_DISK + index, blk)?;
     }
+    let mut networks = Vec::new();
+    for (index, interface) in (0..).zip(&config.networks) {
+        let net = interface.device();
+        builder.virtio(&format!("net{index}"), FIRST_NETWORK + index, net.clone())?;
+        networks.push(net);
+    }
     let windows = AssignWindows {
         io: IO_WINDOW,
         memory32: layout::MMIO32_WINDOWS[0].start..layout::MMIO32_WINDOWS[0].end,
         memory64: config.map.mmio64.start..config.map.mmio64.end,
     };
     assign_bars(chipset.root.bus(), &windows).map_err(VmError::build)?;
-    Ok(PciDevices { console, virtio: builder.virtio, sections: builder.sections })
+    Ok(PciDevices { console, networks, virtio: builder.virtio, sections: builder.sections })
 }
 
 impl Builder<'_> {

@@ -2,5 +2,6 @@
 
 pub(crate) mod cpus;
 pub(crate) mod doctor;
+pub(crate) mod network_user;
 mod quick_start;
 pub(crate) mod run;

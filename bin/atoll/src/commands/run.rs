@@ -7,10 +7,11 @@ use std::time::Duration;
 use atoll_api_types::{
     Accelerator, BootSpec, CpuPinning, CpuTopology, DiskSpec, MemorySpec, NetArgument, OnCrash, VmSpec,
 };
+use atoll_foundation::jail;
 use atoll_foundation::signals::{Signal, Signals};
 use atoll_foundation::terminal;
 use atoll_foundation::{EventLoop, Interest};
-use atoll_vmm::{Choice, ConsoleId, RunEnd, Vm, VmHandle, VmOutputs};
+use atoll_vmm::{Choice, ConsoleId, Resources, RunEnd, Vm, VmHandle, VmOutputs};
 
 use crate::VerbResult;
 use crate::commands::quick_start;
@@ -23,6 +24,8 @@ Examples:
       a shell in a fresh Linux, nothing to prepare
   atoll run --kernel vmlinuz --initrd initrd.img --append console=ttyS0
   atoll run disk.img --kernel vmlinuz --append 'console=ttyS0 root=/dev/vda'
+  atoll run --net user,forward=tcp:2222:22
+      port 2222 of this host leads to port 22 of the guest
 
 In a terminal, Ctrl-C goes to the guest; Ctrl-A x ends the machine, and
 Ctrl-A h lists the other keys. Signals (INT, TERM, HUP) from outside press the
@@ -149,10 +152,24 @@ enum Event {
     Quit,
 }
 
+/// This program, also after its file was replaced.
+const SELF: &str = "/proc/self/exe";
+
+/// The machine's own process needs no network: whoever breaks out of a guest finds none. What talks to the network
+/// is another process, and what is open stays usable. Threads must not be running yet.
+fn leave_network(vm: &Vm) {
+    match vm.needs_network() {
+        Some(why) => tracing::info!("this process keeps the host's network: {why}"),
+        None => tracing::info!("{}", jail::leave_network()),
+    }
+}
+
 pub(crate) fn run(args: Args) -> VerbResult {
     let (json, quiet) = (args.json, args.quiet);
     // Everything that can be wrong with the input is found here, before a thread or a file is made.
-    let vm = Vm::prepare(&args.into_spec()?)?;
+    let resources = Resources { helper: Some(SELF.into()), ..Resources::default() };
+    let vm = Vm::prepare_with(&args.into_spec()?, resources)?;
+    leave_network(&vm);
     let (summary, accelerator) = (vm.summary(), vm.accelerator().clone());
     let signals =
         Signals::block(&[Signal::Interrupt, Signal::Terminate, Signal::HangUp, Signal::WindowChange])?;
