@@ -7,6 +7,7 @@
 
 mod machine;
 mod memory;
+mod network;
 mod scenarios;
 
 use std::path::PathBuf;

@@ -60,8 +60,12 @@ pub(crate) fn fetch(which: GuestKernel) -> Result<KernelFiles> {
 /// # Errors
 /// If the compiler is missing or fails.
 pub(crate) fn bench_program() -> Result<PathBuf> {
-    let source = root().join("testing/bench/guest_bench.c");
-    let program = target().join("guests").join("guest_bench");
+    static_program("guest_bench", "testing/bench/guest_bench.c")
+}
+
+fn static_program(name: &str, source: &str) -> Result<PathBuf> {
+    let source = root().join(source);
+    let program = target().join("guests").join(name);
     if is_newer(&program, &source) {
         return Ok(program);
     }
@@ -70,6 +74,14 @@ pub(crate) fn bench_program() -> Result<PathBuf> {
     gcc.args(["-O2", "-static", "-w", "-o"]).arg(&program).arg(&source).arg("-lm");
     run_command(&mut gcc)?;
     Ok(program)
+}
+
+/// The program that opens thousands of connections, built likewise.
+///
+/// # Errors
+/// As [`bench_program`].
+pub(crate) fn flows_program() -> Result<PathBuf> {
+    static_program("flows", "testing/bench/flows.c")
 }
 
 /// An initial root file system whose PID 1 is the benchmark program.

@@ -27,7 +27,7 @@ const fn wish(program: &'static str, package: &'static str) -> Need {
     Need { program, package, optional: true }
 }
 
-const NEEDS: [Need; 20] = [
+const NEEDS: [Need; 22] = [
     need("gcc", "gcc"),
     need("g++", "g++"),
     need("iasl", "acpica-tools"),
@@ -41,6 +41,8 @@ const NEEDS: [Need; 20] = [
     wish("qemu-img", "qemu-utils"),
     wish("mmdebstrap", "mmdebstrap"),
     wish("newuidmap", "uidmap"),
+    wish("iperf3", "iperf3"),
+    wish("passt", "passt"),
     // What `lab --intel` boots with.
     wish("/usr/lib/x86_64-linux-gnu/bochs/plugins/libbx_term_gui.so", "bochs-term"),
     wish("bochs", "bochs"),

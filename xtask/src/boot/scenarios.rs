@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 use atoll_guests::{Cache, GuestKernel, debian, initramfs, kernel};
 
 use super::machine::{Machine, Spec, Vmm};
-use super::{Lane, Scenario, memory};
+use super::{Lane, Scenario, memory, network};
 use crate::guests::{Lines, fetch};
 use crate::process::output_within;
 
@@ -31,29 +31,31 @@ const BAD_LINES: &str =
     "dmesg | grep -E 'BU[G]:|WARNIN[G]: CPU|soft lock[u]p|[u]nstable|ACPI (BIOS )?(Err[o]r|Warn[i]ng)'";
 
 /// The prompt of the quick start's shell.
-const PROMPT: &str = "atoll:/root#";
+pub(super) const PROMPT: &str = "atoll:/root#";
 
 /// For a guest that is up already to answer or to end.
-const SHORT: Duration = Duration::from_secs(120);
+pub(super) const SHORT: Duration = Duration::from_secs(120);
 
 fn scenario(name: &str, run: impl Fn(&Lane) -> Result<()> + 'static) -> Scenario {
     Scenario { name: name.to_owned(), atoll_only: false, run: Box::new(run) }
 }
 
-fn atoll_only(name: &str, run: impl Fn(&Lane) -> Result<()> + 'static) -> Scenario {
+pub(super) fn atoll_only(name: &str, run: impl Fn(&Lane) -> Result<()> + 'static) -> Scenario {
     Scenario { atoll_only: true, ..scenario(name, run) }
 }
 
 /// The scenarios of every run.
 pub(super) fn short() -> Vec<Scenario> {
-    vec![
+    let mut list = vec![
         scenario("kernel reaches init and powers off", |lane| {
             reaches_init(lane, &lane.quick_start.kernel, 1, "init")
         }),
         scenario("shell, two processors, disk, power-off", shell_session),
         atoll_only("terminal: window size, reboot in place, power-off", terminal_session),
         atoll_only("a panic ends with exit code 3", panic_ends),
-    ]
+    ];
+    list.extend(network::short());
+    list
 }
 
 /// The scenarios of the long lane.
@@ -71,6 +73,7 @@ pub(super) fn long() -> Vec<Scenario> {
         }
     }
     list.push(scenario("Debian 12 boots to a login with no failed unit", debian_login));
+    list.extend(network::long());
     list.push(scenario("clock: guest time agrees with the host's, idle and loaded", clock));
     list
 }
@@ -81,7 +84,7 @@ pub(super) fn on_kvm() -> Vec<Scenario> {
 }
 
 impl Lane {
-    fn spec(&self, cpus: u32) -> Spec {
+    pub(super) fn spec(&self, cpus: u32) -> Spec {
         Spec {
             kernel: self.quick_start.kernel.clone(),
             initrd: self.quick_start.initrd.clone(),
@@ -98,7 +101,7 @@ impl Lane {
     }
 
     /// Starts the quick start and waits for its prompt.
-    fn shell(&self, spec: &Spec, log: &str) -> Result<Machine> {
+    pub(super) fn shell(&self, spec: &Spec, log: &str) -> Result<Machine> {
         let mut machine = self.start(spec, log)?;
         machine.expect("Atoll quick start:", self.patience)?;
         machine.expect(PROMPT, SHORT)?;
@@ -130,7 +133,7 @@ fn no_bad_signs(vmm: &Vmm, text: &str) -> Result<()> {
 
 /// Runs `command` in the guest's shell and gives the line that it prints. The echo of what was typed cannot be
 /// taken for the answer: the marker is put together by the shell.
-fn ask(machine: &mut Machine, command: &str) -> Result<String> {
+pub(super) fn ask(machine: &mut Machine, command: &str) -> Result<String> {
     machine.type_line(&format!("echo \"<an\"\"swer>$({command})</an\"\"swer>\""))?;
     machine.expect("<answer>", SHORT)?;
     let deadline = Instant::now() + SHORT;
