@@ -76,9 +76,9 @@ pub(super) fn check(tree: &Tree) -> Vec<Violation> {
         }
     }
     for (path, text) in tree.sources() {
-        let Some(from) =
-            HOUSE.iter().find(|p| path.strip_prefix(p.folder).is_some_and(|r| r.starts_with('/')))
-        else {
+        // A crate may lie within another's folder: the innermost counts.
+        let within = |p: &&Place| path.strip_prefix(p.folder).is_some_and(|r| r.starts_with('/'));
+        let Some(from) = HOUSE.iter().filter(within).max_by_key(|p| p.folder.len()) else {
             continue;
         };
         for (index, line) in lexer::lines(text).iter().enumerate() {
@@ -173,6 +173,13 @@ mod tests {
         let found = messages(&[("machine/src/lib.rs", text)]);
         assert_eq!(found.len(), 1, "{found:?}");
         assert!(found[0].starts_with("machine/src/lib.rs:3:"));
+    }
+
+    #[test]
+    fn a_crate_within_a_crates_folder_has_its_own_place() {
+        let text = "use atoll_network_user::UserNet;";
+        assert_eq!(messages(&[("network/user/tests/process.rs", text)]).len(), 0);
+        assert_eq!(messages(&[("network/tests/process.rs", text)]).len(), 1);
     }
 
     #[test]
