@@ -31,6 +31,8 @@ struct Cli {
 enum Verb {
     /// Run a virtual machine in this terminal
     Run(Box<commands::run::Args>),
+    /// Make, look at, check, convert and enlarge disk images
+    Disk(commands::disk::Args),
     /// List the CPU models and whether this host can give them
     Cpus(commands::cpus::Args),
     /// Say what this host gives to machines, what will be slow or refused, and how to mend it
@@ -49,6 +51,7 @@ fn main() -> std::process::ExitCode {
     init_logging();
     let result = match cli.verb {
         Verb::Run(args) => commands::run::run(*args),
+        Verb::Disk(args) => commands::disk::run(args),
         Verb::Cpus(args) => commands::cpus::run(&args),
         Verb::Doctor(args) => commands::doctor::run(&args),
         Verb::NetworkUser => return commands::network_user::run(),
