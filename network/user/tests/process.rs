@@ -8,6 +8,7 @@ use std::net::{IpAddr, Ipv4Addr, TcpListener, TcpStream, UdpSocket};
 use std::process::Command;
 use std::time::{Duration, Instant as Clock};
 
+use atoll_foundation::jail::{self, JailOptions, Layer, Process};
 use atoll_network::ring::RingPort;
 use atoll_network::{FrameHeader, Port, Received, Taken};
 use atoll_network_user::process::run_on_stdin;
@@ -26,7 +27,11 @@ const MAC: [u8; 6] = [0x52, 0x54, 0, 0x12, 0x34, 0x56];
 #[test]
 fn network_process() {
     if std::env::var_os(VARIABLE).is_some() {
-        let code = run_on_stdin(|_| Ok(()));
+        // As locked in as the program locks it in.
+        let code = run_on_stdin(|_| {
+            let report = jail::enter(&JailOptions::new(Process::NetworkHelper));
+            report.map(|report| assert!(report.holds(Layer::SystemCalls))).map_err(|error| error.to_string())
+        });
         let failed = format!("{code:?}") != format!("{:?}", std::process::ExitCode::SUCCESS);
         std::process::exit(failed.into());
     }
