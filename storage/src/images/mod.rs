@@ -60,10 +60,7 @@ pub enum CreateError {
 impl CreateError {
     /// Whether the request is at fault, rather than the host.
     pub fn is_input(&self) -> bool {
-        match self {
-            Self::Io { .. } | Self::Other(OpenError::Io { .. }) => false,
-            _ => true,
-        }
+        !matches!(self, Self::Io { .. } | Self::Other(OpenError::Io { .. }))
     }
 
     fn host(path: &Path, source: io::Error) -> Self {
