@@ -18,8 +18,8 @@
 //! 1,500 unless said otherwise. TCP does not need more: guests take and give segments of 64 KiB as one frame
 //! (segmentation offload), whatever the MTU. A guest with an MTU of 65,520 believes that so much reaches
 //! everybody: its tunnels and QUIC would send datagrams that the host must fragment on the way out, and fragments
-//! get lost on the internet. For a guest without segmentation offload that talks TCP to the host, 65,520 (`mtu`)
-//! is several times faster.
+//! get lost on the internet. Measured with Linux as guest, on two shared processors of 2026: 64 MiB from the host take
+//! 0.32 s at 1,500 and 0.29 s at 65,520. A guest without segmentation offload gains from the large MTU (`mtu`).
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
