@@ -1,6 +1,6 @@
 //! Records as text: what happened, and only what differs from the state that every case starts with.
 
-use std::fmt::Write;
+use std::fmt::{Display, Write};
 
 use crate::case::{Suite, Width};
 use crate::layout::{CASE_LEN, CASES, sel};
@@ -13,6 +13,15 @@ const NAMES: [&str; 32] = [
 ];
 const VM: u64 = 1 << 17;
 const RF: u64 = 1 << 16;
+
+/// The general registers of 32 bits by number, without the stack pointer: the frame says more about it.
+const GENERAL: [(&str, usize); 7] =
+    [("ax", 0), ("cx", 1), ("dx", 2), ("bx", 3), ("bp", 5), ("si", 6), ("di", 7)];
+/// Those that 64-bit mode adds.
+const GENERAL_ADDED: [(&str, usize); 8] =
+    [("r8", 8), ("r9", 9), ("r10", 10), ("r11", 11), ("r12", 12), ("r13", 13), ("r14", 14), ("r15", 15)];
+/// The data segments in the order in which the monitors record them.
+const SEGMENTS: [(&str, usize); 4] = [("ds", 0), ("es", 1), ("fs", 2), ("gs", 3)];
 
 /// The records in what a kernel wrote to the serial port: number of the case, and the numbers.
 pub(crate) fn parse(width: Width, serial: &str) -> Vec<(usize, Vec<u32>)> {
@@ -48,9 +57,8 @@ pub(crate) fn line(suite: &Suite, index: usize, numbers: &[u32]) -> String {
             Width::Real | Width::Protected => monitor32::at::SUMS,
             Width::Long => 2 * monitor64::at::SUMS,
         };
-        for page in 0..PAGES {
-            differing(&mut line, &format!("m{page:x}"), numbers[first + page].into(), 0);
-        }
+        let pages = (0..PAGES).map(|page| (format!("m{page:x}"), first + page));
+        each(&mut line, pages, |at| (numbers[at].into(), 0));
     }
     line
 }
@@ -87,9 +95,22 @@ fn place(address: u64, index: usize) -> String {
     }
 }
 
-fn differing(line: &mut String, name: &str, value: u64, usual: u64) {
+fn differing(line: &mut String, name: impl Display, value: u64, usual: u64) {
     if value != usual {
         _ = write!(line, " {name}={value:x}");
+    }
+}
+
+/// Each of a family of names that stands for something else than usual. `numbers` gives, for what stands beside a
+/// name, the value and the usual value.
+fn each<N: Display>(
+    line: &mut String,
+    family: impl IntoIterator<Item = (N, usize)>,
+    numbers: impl Fn(usize) -> (u64, u64),
+) {
+    for (name, at) in family {
+        let (value, usual) = numbers(at);
+        differing(line, name, value, usual);
     }
 }
 
@@ -110,14 +131,11 @@ fn protected(line: &mut String, index: usize, numbers: &[u32]) {
         differing(line, "sp", w[at::FRAME_ESP] + 13 * 4, monitor32::initial(4).into());
     }
     if virtual_8086 {
-        for (i, register) in ["es", "ds", "fs", "gs"].into_iter().enumerate() {
-            differing(line, register, w[15 + i] & 0xffff, 0);
-        }
+        each(line, [("es", 15), ("ds", 16), ("fs", 17), ("gs", 18)], |at| (w[at] & 0xffff, 0));
     }
     general32(line, &w);
-    for (i, register) in ["ds", "es", "fs", "gs"].into_iter().enumerate() {
-        differing(line, register, w[at::DS + i], if virtual_8086 { 0 } else { sel::DATA.into() });
-    }
+    let usual = if virtual_8086 { 0 } else { sel::DATA.into() };
+    each(line, SEGMENTS, |i| (w[at::DS + i], usual));
     system32(line, Width::Protected, &w);
 }
 
@@ -133,18 +151,13 @@ fn real(line: &mut String, numbers: &[u32]) {
     differing(line, "ss", w[at::VECTOR + 7], monitor_real::SS.into());
     general32(line, &w);
     let usual = image::usual(Width::Real);
-    for (i, register) in ["ds", "es", "fs", "gs"].into_iter().enumerate() {
-        differing(line, register, w[at::DS + i], usual[at::DS + i].into());
-    }
+    each(line, SEGMENTS, |i| (w[at::DS + i], usual[at::DS + i].into()));
     system32(line, Width::Real, &w);
 }
 
 fn general32(line: &mut String, w: &[u64]) {
-    for (i, register) in ["ax", "cx", "dx", "bx", "sp", "bp", "si", "di"].into_iter().enumerate() {
-        if i != 4 {
-            differing(line, register, w[7 - i], monitor32::initial(i).into());
-        }
-    }
+    // PUSHA leaves the first one highest.
+    each(line, GENERAL, |i| (w[7 - i], monitor32::initial(i).into()));
 }
 
 /// The part of a record that `monitor32.rs` takes of system registers.
@@ -169,15 +182,15 @@ fn system32(line: &mut String, width: Width, w: &[u64]) {
         ("ldtr", at::LDTR),
         ("xcr0", at::XCR0),
     ];
-    for (name, at) in names {
-        let shift = if name.ends_with("limit") { 16 } else { 0 };
-        differing(line, name, w[at] >> shift, u64::from(usual[at]) >> shift);
-    }
-    for (i, (msr, _)) in monitor32::MSRS.iter().enumerate() {
-        let at = at::MSRS + 2 * i;
-        let (value, usual) = (w[at] | w[at + 1] << 32, u64::from(usual[at]) | u64::from(usual[at + 1]) << 32);
-        differing(line, &format!("msr{msr:x}"), value, usual);
-    }
+    each(line, names, |at| {
+        // A limit lies in the upper half.
+        let shift = if matches!(at, at::GDTR | at::IDTR) { 16 } else { 0 };
+        (w[at] >> shift, u64::from(usual[at]) >> shift)
+    });
+    let msrs = monitor32::MSRS.iter().enumerate();
+    each(line, msrs.map(|(i, (msr, _))| (format!("msr{msr:x}"), at::MSRS + 2 * i)), |at| {
+        (w[at] | w[at + 1] << 32, u64::from(usual[at]) | u64::from(usual[at + 1]) << 32)
+    });
 }
 
 fn long(line: &mut String, index: usize, halves: &[u32]) {
@@ -188,19 +201,9 @@ fn long(line: &mut String, index: usize, halves: &[u32]) {
     let (w, usual) = (join(halves), join(&image::usual(Width::Long)));
     event(line, w[16], Some(w[17]), w[at::CR2]);
     _ = write!(line, " {:x}:{} fl={:x} ss:sp={:x}:{:x}", w[19], place(w[18], index), w[20], w[22], w[21]);
-    let registers = [
-        "ax", "cx", "dx", "bx", "sp", "bp", "si", "di", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
-    ];
-    for (i, register) in registers.into_iter().enumerate() {
-        if i != 4 {
-            differing(line, register, w[i], usual[i]);
-        }
-    }
+    each(line, GENERAL.into_iter().chain(GENERAL_ADDED), |i| (w[i], usual[i]));
+    each(line, SEGMENTS, |i| (w[at::DS + i], usual[at::DS + i]));
     let names = [
-        ("ds", at::DS),
-        ("es", at::DS + 1),
-        ("fs", at::DS + 2),
-        ("gs", at::DS + 3),
         ("fsbase", at::BASES),
         ("gsbase", at::BASES + 1),
         ("kgsbase", at::BASES + 2),
@@ -222,11 +225,11 @@ fn long(line: &mut String, index: usize, halves: &[u32]) {
         ("tr", at::TR),
         ("xcr0", at::XCR0),
     ];
-    for (name, at) in names {
-        let shift = if name.ends_with("limit") { 48 } else { 0 };
-        differing(line, name, w[at] >> shift, usual[at] >> shift);
-    }
-    for (i, (msr, _)) in monitor64::MSRS.iter().enumerate() {
-        differing(line, &format!("msr{msr:x}"), w[at::MSRS + i], usual[at::MSRS + i]);
-    }
+    each(line, names, |at| {
+        // A limit lies in the upper 16 bits.
+        let shift = if matches!(at, at::GDTR | at::IDTR) { 48 } else { 0 };
+        (w[at] >> shift, usual[at] >> shift)
+    });
+    let msrs = monitor64::MSRS.iter().enumerate();
+    each(line, msrs.map(|(i, (msr, _))| (format!("msr{msr:x}"), at::MSRS + i)), |at| (w[at], usual[at]));
 }
