@@ -82,18 +82,7 @@ fn act(a: &mut CodeAssembler, width: Width, action: Action, selector: u16, flags
         Action::Ss => a.mov(ss, ax)?,
         Action::Lldt => a.lldt(ax)?,
         Action::Ltr => a.ltr(ax)?,
-        Action::Inspect => {
-            a.lar(ebx, eax)?;
-            a.sete(cl)?;
-            // Bits 19:16 are undefined.
-            a.and(ebx, 0x00f0_ff00)?;
-            a.lsl(ebp, eax)?;
-            a.sete(ch)?;
-            a.verr(ax)?;
-            a.sete(dl)?;
-            a.verw(ax)?;
-            a.sete(dh)?;
-        }
+        Action::Inspect => protected::inspect(a)?,
         Action::Jmp | Action::Call => {
             a.push(value)?;
             a.push(value)?;

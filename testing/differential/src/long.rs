@@ -6,7 +6,7 @@ use iced_x86::code_asm::*;
 use crate::case::{Suite, Width};
 use crate::layout::*;
 use crate::left_out;
-use crate::protected::{SELECTORS, done};
+use crate::protected::{SELECTORS, done, inspect};
 
 type Emitted = Result<(), IcedError>;
 /// A named piece of code.
@@ -73,16 +73,7 @@ fn segments(s: &mut Suite) -> anyhow::Result<()> {
         }
         at_both(s, &format!("lar lsl verr verw {selector:x}"), &|a| {
             a.mov(eax, i32::from(selector))?;
-            a.lar(ebx, eax)?;
-            a.sete(cl)?;
-            // Bits 19:16 are undefined.
-            a.and(ebx, 0x00f0_ff00)?;
-            a.lsl(ebp, eax)?;
-            a.sete(ch)?;
-            a.verr(ax)?;
-            a.sete(dl)?;
-            a.verw(ax)?;
-            a.sete(dh)
+            inspect(a)
         })?;
     }
     // The upper half's type field, of each type that LAR or LSL knows.

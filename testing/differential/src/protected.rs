@@ -165,20 +165,26 @@ fn system_selectors(s: &mut Suite) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// LAR, LSL, VERR and VERW of the selector in AX; what they find is left in EBX, EBP and, from each one's ZF, in CL,
+/// CH, DL and DH.
+pub(crate) fn inspect(a: &mut CodeAssembler) -> Emitted {
+    a.lar(ebx, eax)?;
+    a.sete(cl)?;
+    // Bits 19:16 are undefined.
+    a.and(ebx, 0x00f0_ff00)?;
+    a.lsl(ebp, eax)?;
+    a.sete(ch)?;
+    a.verr(ax)?;
+    a.sete(dl)?;
+    a.verw(ax)?;
+    a.sete(dh)
+}
+
 fn inspections(s: &mut Suite) -> anyhow::Result<()> {
     for selector in SELECTORS {
         at_both(s, &format!("lar lsl verr verw {selector:x}"), &|a| {
             a.mov(eax, i32::from(selector))?;
-            a.lar(ebx, eax)?;
-            a.sete(cl)?;
-            // Bits 19:16 are undefined.
-            a.and(ebx, 0x00f0_ff00)?;
-            a.lsl(ebp, eax)?;
-            a.sete(ch)?;
-            a.verr(ax)?;
-            a.sete(dl)?;
-            a.verw(ax)?;
-            a.sete(dh)
+            inspect(a)
         })?;
     }
     for (destination, source) in [(0x10, 0x3), (0x13, 0x1), (0x10, 0x10), (0, 1)] {
