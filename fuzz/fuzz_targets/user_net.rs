@@ -148,7 +148,7 @@ fn turn(net: &mut Net, now: Instant) {
         let resolver = RESOLVERS.iter().any(|server| server.parse() == Ok(*remote));
         assert!(resolver || is_outside(remote.ip()), "a socket to {remote}");
     }
-    assert!(net.stats().udp_flows <= FLOWS as u64);
+    assert!(net.stats().udp_flows <= FLOWS as u64 * 5 / 4);
 }
 
 /// The guest still gets its address.

@@ -47,7 +47,7 @@ use crate::poller::{Owner, Poller, Readiness};
 use crate::sender::{FrameIo, HOPS_NDP, Sender};
 use crate::stats::Stats;
 use crate::tcp;
-use crate::udp::{UdpContext, UdpTable, as_guest_sees, ip_address};
+use crate::udp::{self, UdpContext, UdpTable, as_guest_sees, ip_address};
 use crate::wire::{
     ETHERTYPE_ARP, ETHERTYPE_IPV4, ETHERTYPE_IPV6, Ethernet, Headers, ICMP, ICMPV6, Ip, Mac, TCP, UDP, Udp,
 };
@@ -79,6 +79,8 @@ pub struct Nat<F, P, H> {
     leases: Leases,
     reassembly: Reassembly,
     udp: UdpTable,
+    /// Flows to DNS servers.
+    queries: UdpTable,
     dns: Dns,
     echo: Echo,
     tcp: tcp::Table,
@@ -136,7 +138,8 @@ impl<F: FrameIo, P: Poller, H: Host> Nat<F, P, H> {
             host_loopback: config.host_loopback,
             leases: Leases::new(config.guest_mac),
             reassembly: Reassembly::default(),
-            udp: UdpTable::new(config.max_flows),
+            udp: UdpTable::new(config.max_flows, udp::IDLE, Owner::Udp),
+            queries: UdpTable::new(config.max_flows.div_ceil(4), udp::IDLE_QUERIES, Owner::UdpQueries),
             dns: Dns::new(resolvers.servers),
             echo: Echo::default(),
             tcp: tcp::Table::new(limits),
@@ -160,7 +163,7 @@ impl<F: FrameIo, P: Poller, H: Host> Nat<F, P, H> {
     pub fn stats(&self) -> Stats {
         Stats {
             dropped_fragments: self.reassembly.dropped,
-            udp_flows: self.udp.len() as u64,
+            udp_flows: (self.udp.len() + self.queries.len()) as u64,
             tcp_flows: self.tcp.metrics().flows as u64,
             ..self.sender.stats.clone()
         }
@@ -432,7 +435,8 @@ impl<F: FrameIo, P: Poller, H: Host> Nat<F, P, H> {
             now,
             buffer: &mut self.buffer,
         };
-        self.udp.packet(tuple, udp.payload, marks.udp_segment, ip, &mut cx);
+        let table = if remote.port() == DNS_PORT { &mut self.queries } else { &mut self.udp };
+        table.packet(tuple, udp.payload, marks.udp_segment, ip, &mut cx);
         Some(())
     }
 
@@ -470,18 +474,21 @@ impl<F: FrameIo, P: Poller, H: Host> Nat<F, P, H> {
         match owner {
             Owner::Engine => {}
             Owner::Tcp => self.with_tcp(now, |tcp, cx| tcp.socket_ready(value, readiness, cx)),
-            Owner::Udp => self.udp.ready(
-                value,
-                &mut UdpContext {
-                    sender: &mut self.sender,
-                    poller: &mut self.poller,
-                    host: &mut self.host,
-                    policy,
-                    forwards: &self.forwards,
-                    now,
-                    buffer: &mut self.buffer,
-                },
-            ),
+            Owner::Udp | Owner::UdpQueries => {
+                let table = if owner == Owner::Udp { &mut self.udp } else { &mut self.queries };
+                table.ready(
+                    value,
+                    &mut UdpContext {
+                        sender: &mut self.sender,
+                        poller: &mut self.poller,
+                        host: &mut self.host,
+                        policy,
+                        forwards: &self.forwards,
+                        now,
+                        buffer: &mut self.buffer,
+                    },
+                );
+            }
             Owner::Dns => self.dns.ready(
                 value,
                 &mut DnsContext {
@@ -548,6 +555,7 @@ impl<F: FrameIo, P: Poller, H: Host> Nat<F, P, H> {
     /// There is room for frames to the guest again.
     pub fn room(&mut self, now: Instant) {
         self.udp.room(&mut self.poller);
+        self.queries.room(&mut self.poller);
         self.with_tcp(now, |tcp, cx| tcp.room(cx));
     }
 
@@ -568,6 +576,7 @@ impl<F: FrameIo, P: Poller, H: Host> Nat<F, P, H> {
             self.forwards.watch_all(true, &mut self.poller);
         }
         let udp = self.udp.expire(now, &mut self.poller);
+        let queries = self.queries.expire(now, &mut self.poller);
         let echo = self.echo.expire(now, &mut self.poller);
         let dns = self.dns.expire(&mut DnsContext {
             sender: &mut self.sender,
@@ -577,7 +586,7 @@ impl<F: FrameIo, P: Poller, H: Host> Nat<F, P, H> {
             buffer: &mut self.buffer,
         });
         let tcp = self.with_tcp(now, |tcp, cx| tcp.expire(cx));
-        [udp, echo, dns, tcp, self.next_advertisement, self.accept_again].into_iter().flatten().min()
+        [udp, queries, echo, dns, tcp, self.next_advertisement, self.accept_again].into_iter().flatten().min()
     }
 
     /// A router advertisement that nobody asked for.

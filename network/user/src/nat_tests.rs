@@ -512,6 +512,26 @@ fn idle_flows_end_and_the_oldest_makes_room() {
 }
 
 #[test]
+fn flows_to_dns_servers_end_early_and_displace_nothing_else() {
+    let config = UserNetConfig { max_flows: 8, ..UserNetConfig::default() };
+    let addresses = config.check().unwrap();
+    let parts = (Lists::new(Offloads::NONE), testing::NoPoller, testing::NoHost::default());
+    let mut nat = Nat::new(&config, addresses, Resolvers::default(), parts);
+    let now = Instant::now();
+    let mut send = |from: u16, to: &str| {
+        let frame = datagram(&format!("10.0.2.15:{from}"), to, b"x");
+        nat.take_frame(&FrameHeader::default(), &frame, now);
+    };
+    send(1000, "192.0.2.1:443");
+    for n in 0..50 {
+        send(2000 + n, "192.0.2.1:53");
+    }
+    assert_eq!(nat.stats().udp_flows, 1 + 2);
+    nat.expire(now + Duration::from_secs(11));
+    assert_eq!(nat.stats().udp_flows, 1);
+}
+
+#[test]
 fn a_guests_endpoint_has_one_port_for_all_remotes() {
     let mut net = Net::with_loopback();
     let servers = [0; 3].map(|_| UdpSocket::bind("127.0.0.1:0").unwrap());
@@ -763,7 +783,7 @@ fn a_flood_of_packets_has_bounded_memory() {
     }
     let stats = nat.stats();
     assert_eq!(stats.frames_from_guest, 1_000_000);
-    assert_eq!(stats.udp_flows, FLOWS as u64, "{stats:?}");
+    assert!((FLOWS..=FLOWS + FLOWS / 4).contains(&(stats.udp_flows as usize)), "{stats:?}");
     assert!(stats.udp_flows_evicted > 50_000 && stats.dns_queries > 50_000, "{stats:?}");
     let growth = resident().saturating_sub(before);
     // Other tests run in this process at the same time: their memory is counted too.

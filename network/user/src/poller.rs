@@ -26,6 +26,8 @@ pub enum Owner {
     Echo = 4,
     /// Sockets of port forwards.
     Forward = 5,
+    /// The table of UDP flows to DNS servers.
+    UdpQueries = 6,
 }
 
 impl Owner {
@@ -44,6 +46,7 @@ impl Owner {
             3 => Self::Dns,
             4 => Self::Echo,
             5 => Self::Forward,
+            6 => Self::UdpQueries,
             _ => return None,
         };
         Some((owner, value))

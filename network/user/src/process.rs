@@ -87,7 +87,8 @@ fn prepare(config: &UserNetConfig, fds: Vec<OwnedFd>) -> Result<ProcessNat, Stri
 /// A descriptor for each flow that may be, as far as the host allows. Where it does not, the oldest flows make
 /// room earlier.
 fn raise_open_files(config: &UserNetConfig) {
-    let flows = (config.max_flows as u64).saturating_mul(2);
+    // Of UDP, of UDP to DNS servers and of TCP.
+    let flows = (config.max_flows as u64).saturating_mul(9) / 4;
     let wanted = flows.saturating_add(config.forwards.len() as u64).saturating_add(OTHER_DESCRIPTORS);
     let limit = getrlimit(Resource::Nofile);
     let most = limit.maximum.unwrap_or(u64::MAX);

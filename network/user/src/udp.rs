@@ -10,7 +10,9 @@
 //! ```
 //!
 //! Flows end after [`IDLE`] without a datagram in either direction (REQ-5, REQ-6: a guest's or a remote's counts).
-//! There are at most as many as the network was told; the one idle longest makes room. A socket that is refused
+//! There are at most as many as the network was told; the one idle longest makes room. Flows to port 53 have a table
+//! and a time of their own ([`IDLE_QUERIES`], as RFC 4787 allows): a guest that resolves names itself asks each
+//! question from a new port, and must not displace its own calls and tunnels. A socket that is refused
 //! tells the guest (REQ-14: by ICMP), the flow stays.
 //!
 //! # Path MTU
@@ -40,6 +42,8 @@ use crate::wire::{IPV4_BYTES, IPV6_BYTES, Ip, UDP_BYTES};
 
 /// How long a flow lives without a datagram. RFC 4787 (REQ-5) has two minutes at least.
 pub const IDLE: Duration = Duration::from_secs(180);
+/// How long a flow to a DNS server lives without a datagram.
+pub const IDLE_QUERIES: Duration = Duration::from_secs(10);
 /// Datagrams taken from one socket before others have their turn.
 const BATCH: usize = 64;
 /// Ports tried for a client whose own is taken by another client under the gateway's address.
@@ -89,12 +93,16 @@ pub struct UdpTable {
     /// The local port that the flows of a guest's endpoint share, and how many do. By family, as ports are.
     ports: HashMap<SocketAddr, (u16, u32)>,
     paused: Vec<Handle>,
+    owner: Owner,
+    idle: Duration,
 }
 
 impl UdpTable {
-    /// An empty table for so many flows.
-    pub fn new(max_flows: usize) -> Self {
-        Self { flows: LruTable::new(max_flows), ports: HashMap::new(), paused: Vec::new() }
+    /// An empty table for so many flows that live for `idle` without a datagram. Its sockets' readiness is for
+    /// `owner`.
+    pub fn new(max_flows: usize, idle: Duration, owner: Owner) -> Self {
+        let (flows, ports) = (LruTable::new(max_flows), HashMap::new());
+        Self { flows, ports, paused: Vec::new(), owner, idle }
     }
 
     /// How many flows there are.
@@ -179,7 +187,7 @@ impl UdpTable {
             self.closed(&old, cx.poller);
         }
         if let Some(Flow { way: Way::Socket { socket, .. }, .. }) = self.flows.get(handle) {
-            let token = Owner::Udp.token(handle.0);
+            let token = self.owner.token(handle.0);
             if let Err(error) = cx.poller.watch(socket.as_fd(), token, true, false, false) {
                 atoll_foundation::log_limited!(warn, "a UDP socket cannot be watched: {error}");
             }
@@ -311,17 +319,17 @@ impl UdpTable {
             flow.paused = false;
             if let Way::Socket { socket, .. } = &flow.way {
                 // It was watched before; there is room for it.
-                let _ = poller.watch(socket.as_fd(), Owner::Udp.token(handle.0), true, false, false);
+                let _ = poller.watch(socket.as_fd(), self.owner.token(handle.0), true, false, false);
             }
         }
     }
 
     /// Ends idle flows and says when to be called again.
     pub fn expire(&mut self, now: Instant, poller: &mut dyn Poller) -> Option<Instant> {
-        while let Some((_, flow)) = self.flows.remove_idle(IDLE, now) {
+        while let Some((_, flow)) = self.flows.remove_idle(self.idle, now) {
             self.closed(&flow, poller);
         }
-        self.flows.next_expiry(IDLE)
+        self.flows.next_expiry(self.idle)
     }
 
     /// Ends the flows of a forward that is no more.
