@@ -3,6 +3,9 @@
 //! Listening sockets are bound before the network says that it is ready, so that a port in use is an error of the
 //! machine's start. Loopback is where a forward listens unless its address says otherwise: a port on every address
 //! of the host is open to everybody who reaches the host, which has to be asked for.
+//!
+//! A UDP forward on every address of a host that has several answers from the one that the host's routes prefer. A
+//! client that came to another one does not know it: give the address.
 
 use std::collections::BTreeMap;
 use std::io;

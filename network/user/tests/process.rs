@@ -3,7 +3,7 @@
 //! The process is this test program itself: [`network_process`] is what it runs.
 
 use std::collections::VecDeque;
-use std::io::{Read as _, Write as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, TcpListener, TcpStream, UdpSocket};
 use std::process::Command;
 use std::time::{Duration, Instant as Clock};
@@ -20,6 +20,7 @@ use smoltcp::time::Instant;
 use smoltcp::wire::{EthernetAddress, HardwareAddress, IpAddress, IpCidr, IpEndpoint};
 use vm_memory::VolatileSlice;
 
+const OWNER: &str = "ATOLL_TEST_NETWORK_OWNER";
 const VARIABLE: &str = "ATOLL_TEST_NETWORK_PROCESS";
 const MAC: [u8; 6] = [0x52, 0x54, 0, 0x12, 0x34, 0x56];
 
@@ -288,6 +289,42 @@ fn the_network_ends_with_its_owner() {
     assert!(rustix::process::test_kill_process(pid).is_ok());
     drop(network);
     assert!(rustix::process::test_kill_process(pid).is_err(), "killed and waited for");
+}
+
+/// Not a test but the owner that [`the_network_ends_when_its_owner_is_killed`] kills.
+#[test]
+fn owner_process() {
+    if std::env::var_os(OWNER).is_some() {
+        let (network, _port) = start(config()).unwrap();
+        println!("pid {}", network.pid());
+        std::thread::sleep(Duration::from_secs(60));
+    }
+}
+
+#[test]
+fn the_network_ends_when_its_owner_is_killed() {
+    let mut owner = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "owner_process", "--nocapture"])
+        .env(OWNER, "1")
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let lines = BufReader::new(owner.stdout.take().unwrap()).lines();
+    let pid =
+        lines.map_while(Result::ok).find_map(|line| Some(line.split_once("pid ")?.1.to_owned())).unwrap();
+    let ended = || {
+        // Ended, and perhaps not waited for by whoever inherited it.
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        stat.rsplit_once(')').is_none_or(|(_, rest)| rest.trim_start().starts_with(['Z', 'X']))
+    };
+    assert!(!ended());
+    owner.kill().unwrap();
+    owner.wait().unwrap();
+    let deadline = Clock::now() + Duration::from_secs(10);
+    while !ended() {
+        assert!(Clock::now() < deadline);
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }
 
 #[test]
