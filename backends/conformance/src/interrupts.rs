@@ -11,7 +11,7 @@ use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
 use crate::fixture::Machine;
-use crate::payload::{APIC, DATA, Payload, count_of, return_of};
+use crate::payload::{APIC, Built, DATA, Payload, count_of, return_of};
 
 /// Makes the hook send the message with the written value as its vector. Port 0xe1 sends it level-triggered.
 fn messages_from_hook<P: Partition>(machine: &Machine<P>) {
@@ -338,9 +338,16 @@ pub(crate) fn legacy_interrupt_waits_for_the_window<B: Backend>(backend: &B) {
     assert_eq!(machine.pic.acknowledged(), 1);
 }
 
-/// A program that works with interrupts off and on and halts, until the byte at [`DATA`] is set.
-fn busy_and_idle(a: &mut Payload) -> Result<(), IcedError> {
+/// The legacy interrupt that [`tick`] counts.
+const TICK: u8 = 0x28;
+/// The legacy interrupt that ends the program's last halt.
+const LAST: u8 = 0x29;
+
+/// A program that takes the interrupts of [`tick`] and works with interrupts off and on and halts, until the byte at
+/// [`DATA`] is set.
+fn busy_and_idle(a: &mut Payload) -> Built {
     let (mut again, mut end) = (a.create_label(), a.create_label());
+    a.interrupts(&[TICK, LAST]);
     a.set_label(&mut again)?;
     a.cli()?;
     for _ in 0..20 {
@@ -356,21 +363,22 @@ fn busy_and_idle(a: &mut Payload) -> Result<(), IcedError> {
     a.jmp(again)?;
     a.set_label(&mut end)?;
     a.mov(byte_ptr(DATA + 8), 1)?;
-    a.exit()
+    a.exit()?;
+    Ok(vec![])
 }
 
 /// Raises the legacy interrupt `ticks` times, every 200 us, as a timer does that remembers what was not taken yet.
 /// Then lets the program end.
 fn tick<P: Partition>(machine: &Machine<P>, ticks: u32, meanwhile: impl Fn()) {
     for _ in 0..ticks {
-        machine.pic.raise(0x28);
+        machine.pic.raise(TICK);
         meanwhile();
         std::thread::sleep(Duration::from_micros(200));
     }
-    let all = || machine.handled(0, 0x28) == u64::from(ticks);
+    let all = || machine.handled(0, TICK) == u64::from(ticks);
     let start = std::time::Instant::now();
     while !all() {
-        let (handled, acknowledged) = (machine.handled(0, 0x28), machine.pic.acknowledged());
+        let (handled, acknowledged) = (machine.handled(0, TICK), machine.pic.acknowledged());
         let late = start.elapsed() > Duration::from_secs(10);
         assert!(!late, "{handled} of {ticks} ticks were handled, {acknowledged} acknowledged");
         std::thread::sleep(Duration::from_millis(1));
@@ -378,7 +386,7 @@ fn tick<P: Partition>(machine: &Machine<P>, ticks: u32, meanwhile: impl Fn()) {
     machine.write(DATA, &[1]);
     // It may be about to halt.
     while machine.u64_at(DATA + 8) & 0xff == 0 && start.elapsed() < crate::fixture::TIME_LIMIT {
-        machine.pic.raise(0x29);
+        machine.pic.raise(LAST);
         std::thread::sleep(Duration::from_millis(2));
     }
 }
@@ -386,27 +394,19 @@ fn tick<P: Partition>(machine: &Machine<P>, ticks: u32, meanwhile: impl Fn()) {
 pub(crate) fn periodic_legacy_interrupts_lose_no_tick<B: Backend>(backend: &B) {
     const TICKS: u32 = 500;
     let machine = Machine::new(backend, 1);
-    let mut guest = machine.long(0, |a| {
-        a.interrupts(&[0x28, 0x29]);
-        busy_and_idle(a)?;
-        Ok(vec![])
-    });
+    let mut guest = machine.long(0, busy_and_idle);
     std::thread::scope(|scope| {
         scope.spawn(|| tick(&machine, TICKS, || {}));
         machine.finish(&mut guest);
     });
-    assert_eq!(machine.handled(0, 0x28), u64::from(TICKS));
+    assert_eq!(machine.handled(0, TICK), u64::from(TICKS));
     assert!(machine.pic.acknowledged() >= TICKS);
 }
 
 pub(crate) fn stops_lose_no_legacy_interrupt<B: Backend>(backend: &B) {
     const TICKS: u32 = 400;
     let machine = Machine::new(backend, 1);
-    let mut guest = machine.long(0, |a| {
-        a.interrupts(&[0x28, 0x29]);
-        busy_and_idle(a)?;
-        Ok(vec![])
-    });
+    let mut guest = machine.long(0, busy_and_idle);
     std::thread::scope(|scope| {
         // The stop comes right after the request: before, in and after its delivery.
         scope.spawn(|| tick(&machine, TICKS, || machine.stop(0)));
@@ -416,14 +416,19 @@ pub(crate) fn stops_lose_no_legacy_interrupt<B: Backend>(backend: &B) {
             guest.set_state(&state).expect("its own state");
         }
     });
-    let (handled, acknowledged) = (machine.handled(0, 0x28), machine.pic.acknowledged());
+    let (handled, acknowledged) = (machine.handled(0, TICK), machine.pic.acknowledged());
     assert_eq!(handled, u64::from(TICKS), "of {acknowledged} that were acknowledged");
+}
+
+/// Makes the hook raise the legacy interrupt with the written value as its vector.
+fn legacy_from_hook<P: Partition>(machine: &Machine<P>) {
+    let pic = machine.pic.clone();
+    machine.on_hook(move |_, _, value| pic.raise(value as u8));
 }
 
 pub(crate) fn legacy_interrupt_is_acknowledged_once<B: Backend>(backend: &B) {
     let machine = Machine::new(backend, 1);
-    let pic = machine.pic.clone();
-    machine.on_hook(move |_, _, value| pic.raise(value as u8));
+    legacy_from_hook(&machine);
     let mut guest = machine.long(0, |a| {
         a.interrupts(&[0x28, 0x29]);
         a.sti()?;
@@ -443,8 +448,7 @@ pub(crate) fn legacy_interrupt_is_acknowledged_once<B: Backend>(backend: &B) {
 
 pub(crate) fn masked_legacy_interrupt_waits<B: Backend>(backend: &B) {
     let machine = Machine::new(backend, 1);
-    let pic = machine.pic.clone();
-    machine.on_hook(move |_, _, value| pic.raise(value as u8));
+    legacy_from_hook(&machine);
     let mut guest = machine.long(0, |a| {
         a.interrupts(&[0x28]);
         a.apic_write(0x350, 0x1_0700)?;
