@@ -13,9 +13,9 @@ use crate::wire::{Fragment, Ip, MAX_PACKET};
 /// Datagrams put together at once: with the largest ones 1 MiB.
 pub const MAX_DATAGRAMS: usize = 16;
 /// Fragments of one datagram: 64 KiB at the least MTU of IPv4, with some to spare.
-const MAX_PARTS: usize = 160;
+pub const MAX_PARTS: usize = 160;
 /// How long the fragments of a datagram are waited for.
-const TIMEOUT: Duration = Duration::from_secs(15);
+pub const TIMEOUT: Duration = Duration::from_secs(15);
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 struct Key {
