@@ -150,3 +150,56 @@ fn a_crash_restores_the_terminal_too() {
     assert_eq!(machine.wait(SOON).unwrap().code(), Some(3));
     assert!(machine.terminal_is_cooked().unwrap());
 }
+
+/// The network namespaces of a process, by thread.
+fn networks_of(pid: u32) -> std::io::Result<Vec<PathBuf>> {
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task"))?;
+    threads.map(|thread| std::fs::read_link(thread?.path().join("ns/net"))).collect()
+}
+
+fn network_helper_of(pid: u32) -> u32 {
+    let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+    let children: Vec<u32> = children.split_whitespace().map(|child| child.parse().unwrap()).collect();
+    assert_eq!(children.len(), 1, "{children:?}");
+    children[0]
+}
+
+#[test]
+fn a_machine_leaves_the_hosts_network_to_its_helper() {
+    let bench = Bench::new();
+    let mut machine = bench.start(&payload::print("UP\n", &[0xf4, 0xeb, 0xfd]), &[]);
+    machine.expect("UP", SOON).unwrap();
+    let own = std::fs::read_link("/proc/self/ns/net").unwrap();
+    let helper = network_helper_of(machine.id());
+    match networks_of(helper) {
+        Ok(networks) => {
+            assert_eq!(networks, std::slice::from_ref(&own), "the helper has the network, and one thread")
+        }
+        Err(error) => println!("skipped: only root may look at the helper: {error}"),
+    }
+    let networks = networks_of(machine.id()).unwrap();
+    if networks.contains(&own) {
+        let allowed = atoll_foundation::host::rights::user_namespace().works();
+        assert!(!allowed, "the machine's process is still in the host's network: {networks:?}");
+        println!("skipped: this host gives no network namespace");
+    }
+    // The helper is gone soon after the machine, however that ends.
+    drop(machine);
+    let deadline = std::time::Instant::now() + SOON;
+    while std::path::Path::new(&format!("/proc/{helper}")).exists() {
+        assert!(std::time::Instant::now() < deadline, "the helper outlives its machine");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn a_helper_that_dies_is_told_and_the_machine_runs_on() {
+    let bench = Bench::new();
+    let mut machine = bench.start(&payload::print("UP\n", &[0xf4, 0xeb, 0xfd]), &[]);
+    machine.expect("UP", SOON).unwrap();
+    let helper = i32::try_from(network_helper_of(machine.id())).unwrap();
+    let status = std::process::Command::new("kill").args(["-KILL", &helper.to_string()]).status().unwrap();
+    assert!(status.success());
+    machine.expect("network interface 0 has lost its connection", SOON).unwrap();
+    assert!(machine.is_running().unwrap());
+}

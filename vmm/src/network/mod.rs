@@ -18,6 +18,7 @@
 
 mod open;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 
@@ -37,19 +38,21 @@ pub(crate) const MAX_INTERFACES: usize = 8;
 
 /// One interface, open.
 pub(crate) struct Interface {
+    /// Ends with the interface; before the port, whose end it would take for trouble.
+    helper: Helper,
     port: Arc<dyn Port>,
     options: NetOptions,
     /// What counts now: the options' limits, until they are changed.
     limits: Mutex<NetLimits>,
     relay: Arc<Relay>,
-    /// Ends when the interface goes, after the port.
-    helper: Helper,
 }
 
 /// What a port's events reach.
 #[derive(Default)]
 struct Relay {
     device: Mutex<Option<PortListener>>,
+    /// The run is ending, and the other side with it.
+    ending: AtomicBool,
     /// Tells whoever runs the machine that the other side is gone; set when the run starts.
     lost: OnceLock<Box<dyn Fn(String) + Send + Sync>>,
 }
@@ -57,6 +60,7 @@ struct Relay {
 impl Relay {
     fn event(&self, name: &str, event: PortEvent) {
         if event == PortEvent::Link(false)
+            && !self.ending.load(Ordering::SeqCst)
             && let Some(lost) = self.lost.get()
         {
             lost(format!("{name} is gone"));
@@ -97,6 +101,12 @@ impl Interface {
     pub(crate) fn set_limits(&self, net: &Net, limits: NetLimits) {
         *self.limits.lock().unwrap_or_else(PoisonError::into_inner) = limits;
         net.set_limits(limits);
+    }
+}
+
+impl Drop for Interface {
+    fn drop(&mut self) {
+        self.relay.ending.store(true, Ordering::SeqCst);
     }
 }
 

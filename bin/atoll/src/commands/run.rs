@@ -160,7 +160,11 @@ const SELF: &str = "/proc/self/exe";
 fn leave_network(vm: &Vm) {
     match vm.needs_network() {
         Some(why) => tracing::info!("this process keeps the host's network: {why}"),
-        None => tracing::info!("{}", jail::leave_network()),
+        None => {
+            // Not inside the macro, which looks at its arguments only when somebody reads the log.
+            let network = jail::leave_network();
+            tracing::info!("{network}");
+        }
     }
 }
 
