@@ -29,7 +29,7 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::ThreadId;
 use std::time::Duration;
 
@@ -37,6 +37,7 @@ use rustix::event::{Timespec, epoll};
 use rustix::io::Errno;
 
 use crate::eventfd::EventFd;
+use crate::sync::lock;
 
 /// Events fetched by one `epoll_wait`; more are fetched in the next round.
 const EVENTS_PER_ROUND: usize = 64;
@@ -145,11 +146,6 @@ struct Shared {
     posted: Mutex<Option<Vec<Posted>>>,
     /// The thread inside [`EventLoop::run`] or [`EventLoop::run_once`].
     runner: Mutex<Option<ThreadId>>,
-}
-
-/// Locks ignoring poison: a panicking callback must not turn every later call into a panic.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The loop itself; see the module's documentation. Create it anywhere, run it on one thread.

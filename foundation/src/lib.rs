@@ -1,6 +1,6 @@
 //! The lowest layer: what the host offers, wrapped so that the layers above need no `unsafe`.
 //!
-//! Nothing here knows what a virtual machine is. The modules fall in four groups:
+//! Nothing here knows what a virtual machine is. The modules fall in these groups:
 //!
 //! * **waiting**: [`event_loop`] (epoll on one thread, callbacks, posted closures), [`eventfd`], [`timerfd`],
 //!   [`signals`] (signals as a readable descriptor);
@@ -8,6 +8,7 @@
 //!   [`volatile_io`] (vectored file transfers from and to memory that other threads may be changing meanwhile);
 //! * **the process and its surroundings**: [`terminal`], [`threads`], [`host`], [`jail`], [`allocator`];
 //! * **logging**: [`ratelimit`] and the macro [`log_limited!`];
+//! * **locks**: [`sync`] (mutexes whose poison is ignored);
 //! * **limits**: [`throttle`] (operations and bytes per second);
 //! * **sockets**: [`tcp_socket`] (peeking, discarding and queue lengths of TCP sockets), [`tun`] (tap devices).
 //!
@@ -34,6 +35,7 @@ pub mod memfd;
 pub mod ratelimit;
 pub mod shared_memory;
 pub mod signals;
+pub mod sync;
 pub mod tcp_socket;
 pub mod terminal;
 pub mod threads;

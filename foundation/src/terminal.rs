@@ -38,7 +38,9 @@ use std::io::{self, IsTerminal};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
-use std::sync::{Mutex, Once, PoisonError};
+use std::sync::{Mutex, Once};
+
+use crate::sync::lock;
 
 /// Signals that end the process and before which the terminal is restored.
 const FATAL_SIGNALS: [libc::c_int; 9] = [
@@ -112,7 +114,7 @@ impl RawMode {
     /// Puts the terminal behind `fd` into raw mode. Fails with `ResourceBusy` when another guard is alive and
     /// with the kernel's error (`ENOTTY`) when `fd` is no terminal; nothing is changed then.
     pub fn enter(fd: impl AsFd) -> io::Result<Self> {
-        let _entry = ENTRY.lock().unwrap_or_else(PoisonError::into_inner);
+        let _entry = lock(&ENTRY);
         if TERMINAL.load(Ordering::Acquire) != -1 {
             return Err(io::Error::new(io::ErrorKind::ResourceBusy, "a terminal is in raw mode already"));
         }
@@ -145,7 +147,7 @@ impl RawMode {
 
 impl Drop for RawMode {
     fn drop(&mut self) {
-        let _entry = ENTRY.lock().unwrap_or_else(PoisonError::into_inner);
+        let _entry = lock(&ENTRY);
         leave();
     }
 }

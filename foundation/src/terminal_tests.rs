@@ -35,7 +35,7 @@ fn is_raw(terminal: &File) -> bool {
 
 #[test]
 fn dropping_the_guard_restores_and_it_can_be_entered_again() {
-    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let _turn = lock(&TURN);
     let (_near, terminal) = pseudo_terminal();
     assert!(is_terminal(&terminal) && !is_raw(&terminal));
     for _ in 0..2 {
@@ -50,7 +50,7 @@ fn dropping_the_guard_restores_and_it_can_be_entered_again() {
 
 #[test]
 fn what_is_no_terminal_is_refused_and_leaves_no_trace() {
-    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let _turn = lock(&TURN);
     let file = tempfile::tempfile().unwrap();
     assert!(!is_terminal(&file));
     assert_eq!(RawMode::enter(&file).unwrap_err().raw_os_error(), Some(libc::ENOTTY));

@@ -20,8 +20,10 @@
 //!
 //! Lock order: the one lock is a leaf.
 
-use std::sync::{Mutex, MutexGuard};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
+
+use crate::sync::lock;
 
 /// Parts of one token.
 const UNIT: i128 = 1_000_000_000;
@@ -131,14 +133,10 @@ impl Throttle {
         Self { state: Mutex::new(state) }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(|e| e.into_inner())
-    }
-
     /// Changes the limits at once. A bucket that existed keeps what it owes; a new one starts full. Whoever waits
     /// for an earlier answer of [`Throttle::take`] should ask again.
     pub fn set(&self, limits: RateLimits) {
-        let mut state = self.lock();
+        let mut state = lock(&self.state);
         let change = |bucket: &mut Option<Bucket>, rate: Option<Rate>| match (bucket.as_mut(), rate) {
             (Some(bucket), Some(rate)) => bucket.change(rate),
             (_, rate) => *bucket = rate.map(Bucket::new),
@@ -150,14 +148,14 @@ impl Throttle {
 
     /// The present limits.
     pub fn limits(&self) -> RateLimits {
-        self.lock().limits
+        lock(&self.state).limits
     }
 
     /// Takes one operation of `bytes` bytes. `Err`: nothing was taken, ask again after that long. An operation
     /// larger than the burst passes when the bucket is full and leaves a debt. A `now` earlier than one seen
     /// before counts as that one.
     pub fn take(&self, bytes: u64, now: Instant) -> Result<(), Duration> {
-        let state = &mut *self.lock();
+        let state = &mut *lock(&self.state);
         let filled = *state.filled.get_or_insert(now);
         if let Some(elapsed) = now.checked_duration_since(filled) {
             for bucket in [&mut state.operations, &mut state.bytes].into_iter().flatten() {

@@ -19,7 +19,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use io_uring::squeue::Flags;
@@ -27,6 +27,7 @@ use io_uring::types::Fixed;
 use io_uring::{IoUring, opcode, register::Restriction, squeue};
 use vm_memory::VolatileSlice;
 
+use crate::sync::lock;
 use crate::threads;
 
 /// Memory for a transfer that goes on after the call that asked for it. The object owns what keeps the memory
@@ -102,10 +103,6 @@ struct Inner {
 pub struct FileRing {
     inner: Arc<Inner>,
     reaper: Option<JoinHandle<()>>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 
 impl FileRing {
