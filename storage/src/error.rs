@@ -186,7 +186,7 @@ pub enum OpenError {
         reason: String,
     },
     /// Its structures contradict each other or its format.
-    #[error("disk image {} is corrupt: {reason}; restore it from a copy, or try 'qemu-img check'", show(.path))]
+    #[error("disk image {} is corrupt: {reason}; restore it from a copy, or try 'atoll disk check'", show(.path))]
     Corrupt {
         /// The image.
         path: PathBuf,

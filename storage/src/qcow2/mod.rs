@@ -110,7 +110,7 @@ impl<F: ImageFile> Qcow2Disk<F> {
         if !read_only {
             if image.is_marked_corrupt() {
                 return Err(layout::refused(
-                    "it is marked as corrupt; open it read-only, or mend it with 'qemu-img check -r all'",
+                    "it is marked as corrupt; open it read-only, or mend it with 'atoll disk check --repair'",
                 ));
             }
             if image.header.incompatible & DIRTY != 0 {
