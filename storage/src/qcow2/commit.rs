@@ -36,6 +36,16 @@ impl<F: ImageFile> Image<F> {
         self.apply_released()
     }
 
+    /// Whether a flush needs no more than one sync.
+    pub(super) fn is_committed(&self) -> bool {
+        let tables = self.counts.has_dirty() || self.l2.has_dirty();
+        !tables
+            && !self.table_moved
+            && self.blocks_dirty.is_empty()
+            && self.l1_dirty.is_empty()
+            && self.released.is_empty()
+    }
+
     /// Syncs the file. When that has failed once the host may have dropped what it could not write and report
     /// success the next time, so it never succeeds again.
     pub(super) fn sync(&mut self) -> io::Result<()> {

@@ -288,6 +288,9 @@ impl Header {
         if count < sector.len() {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
+        sector[24..32].copy_from_slice(&self.size.to_be_bytes());
+        sector[36..40].copy_from_slice(&self.l1_entries.to_be_bytes());
+        sector[40..48].copy_from_slice(&self.l1_offset.to_be_bytes());
         sector[48..56].copy_from_slice(&self.refcount_table_offset.to_be_bytes());
         sector[56..60].copy_from_slice(&self.refcount_table_clusters.to_be_bytes());
         if self.layout.version >= 3 {

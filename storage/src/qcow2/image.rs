@@ -18,18 +18,20 @@
 //!   counts of clusters that nothing points to any more go down, in memory; now they may be allocated again
 //! ```
 //!
+//! Data goes to and from the file outside the lock (`transfer`), which changes nothing of this: an entry is set, under
+//! the lock, when its data has been written, so whatever a commit finds in a table may be made durable by its syncs.
+//!
 //! Steps with nothing to do are left out together with their sync: overwriting in place costs one. A cluster
 //! that was let go is never used again before the tables without it are durable, so everything the old tables
 //! say is true until the new ones replace them.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::io;
 use std::sync::Arc;
 
 use vm_memory::VolatileSlice;
 
 use super::cache::TableCache;
-use super::compression::decompress;
 use super::header::{CORRUPT, Header};
 use super::layout::{Entry, Layout, Mapping, OFFSET_MASK, corrupt, word};
 use crate::disk::{Disk, total_len};
@@ -62,7 +64,12 @@ pub(super) struct Image<F> {
     pub(super) metadata: HashSet<u64>,
     pub(super) backing: Option<Arc<dyn Disk>>,
     /// The compressed cluster read last, by descriptor offset.
-    decompressed: Option<(u64, Vec<u8>)>,
+    pub(super) decompressed: Option<(u64, Arc<Vec<u8>>)>,
+    /// Clusters of the image with transfers under way outside the lock, and how many.
+    pub(super) pins: HashMap<u64, u32>,
+    /// Clusters of the disk, by offset, that are being given a place outside the lock. Their entries change by whoever
+    /// does that alone.
+    pub(super) busy: HashSet<u64>,
     /// The header was made ready for changes.
     pub(super) prepared: bool,
     pub(super) no_punch_hole: bool,
@@ -116,6 +123,8 @@ impl<F: ImageFile> Image<F> {
             metadata: HashSet::new(),
             backing,
             decompressed: None,
+            pins: HashMap::new(),
+            busy: HashSet::new(),
             prepared: false,
             no_punch_hole: false,
             sync_failed: false,
@@ -311,7 +320,7 @@ impl<F: ImageFile> Image<F> {
     }
 
     /// [`Image::resolve`], going on over clusters for as long as it stays one piece.
-    fn resolve_run(&mut self, offset: u64, len: u64) -> io::Result<(Extent, u64)> {
+    pub(super) fn resolve_run(&mut self, offset: u64, len: u64) -> io::Result<(Extent, u64)> {
         let (extent, mut run) = self.resolve(offset, len)?;
         while run < len {
             let follows = match (extent, self.resolve(offset + run, len - run)) {
@@ -325,63 +334,40 @@ impl<F: ImageFile> Image<F> {
         Ok((extent, run))
     }
 
-    /// Reads the disk. The range is within the disk, or in the rest of its last cluster.
-    pub(super) fn read(&mut self, offset: u64, buffers: &[VolatileSlice<'_>]) -> io::Result<()> {
-        let len = total_len(buffers);
-        let mut done = 0;
-        while done < len {
-            let (extent, run) = self.resolve_run(offset + done, len - done)?;
-            let part = part_of(buffers, done, run)?;
-            match extent {
-                Extent::Zero => zero(&part),
-                Extent::Host(host) => read_padded(&self.file, host, &part)?,
-                Extent::Backing => self.read_backing(offset + done, &part)?,
-                Extent::Compressed { offset: host, len: size, start } => {
-                    self.load_compressed(host, size)?;
-                    let cluster = self.decompressed.as_ref().map_or(&[][..], |(_, bytes)| bytes);
-                    copy_out(cluster.get((offset + done - start) as usize..).unwrap_or(&[]), &part);
+    /// Whether the tables for a range are in memory, so that looking at them needs no waiting.
+    pub(super) fn is_cached(&mut self, offset: u64, len: u64) -> bool {
+        let covered = self.layout.l2_entries() << self.layout.cluster_bits;
+        let first = offset / covered;
+        let last = offset.saturating_add(len.saturating_sub(1)) / covered;
+        (first..=last).all(|index| {
+            let table = self.l1.get(index as usize).copied().unwrap_or(0) & OFFSET_MASK;
+            table == 0 || self.l2.get(table).is_some()
+        })
+    }
+
+    /// Notes that a transfer to or from a range of the image begins: until [`Image::unpin`] its clusters are not used
+    /// for anything else, even if they are let go.
+    pub(super) fn pin(&mut self, offset: u64, len: u64) {
+        for cluster in self.clusters(offset, len) {
+            *self.pins.entry(cluster).or_insert(0) += 1;
+        }
+    }
+
+    /// Ends what [`Image::pin`] began.
+    pub(super) fn unpin(&mut self, offset: u64, len: u64) {
+        for cluster in self.clusters(offset, len) {
+            if let Some(count) = self.pins.get_mut(&cluster) {
+                *count -= 1;
+                if *count == 0 {
+                    self.pins.remove(&cluster);
                 }
             }
-            done += run;
         }
-        Ok(())
     }
 
-    /// [`Image::read`] into ordinary memory.
-    pub(super) fn read_bytes(&mut self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
-        if bytes.is_empty() {
-            return Ok(());
-        }
-        self.read(offset, &[VolatileSlice::from(bytes)])
-    }
-
-    fn read_backing(&self, offset: u64, buffers: &[VolatileSlice<'_>]) -> io::Result<()> {
-        let Some(backing) = &self.backing else {
-            zero(buffers);
-            return Ok(());
-        };
-        let len = total_len(buffers);
-        let there = backing.capacity_bytes().saturating_sub(offset).min(len);
-        if there != 0 {
-            backing.read_at(offset, &part_of(buffers, 0, there)?).map_err(io::Error::other)?;
-        }
-        if there < len {
-            zero(&part_of(buffers, there, len - there)?);
-        }
-        Ok(())
-    }
-
-    fn load_compressed(&mut self, offset: u64, len: u64) -> io::Result<()> {
-        if self.decompressed.as_ref().is_some_and(|(known, _)| *known == offset) {
-            return Ok(());
-        }
-        // At most two clusters, by the width of the descriptor's field.
-        let mut data = vec![0u8; len as usize];
-        let count = self.file.read_at(offset, &[VolatileSlice::from(&mut data[..])])?;
-        let mut cluster = vec![0u8; self.layout.cluster_size() as usize];
-        decompress(self.header.compression, &data[..count], &mut cluster)?;
-        self.decompressed = Some((offset, cluster));
-        Ok(())
+    /// Whether no transfer is under way and no cluster is being given a place.
+    pub(super) fn is_quiet(&self) -> bool {
+        self.pins.is_empty() && self.busy.is_empty()
     }
 
     /// Forgets the decompressed cluster: its place may be used for something else.
@@ -416,7 +402,11 @@ pub(super) fn part_of<'a>(
 }
 
 /// Fills buffers from a file; what is behind its end reads as zero.
-fn read_padded(file: &impl ImageFile, offset: u64, buffers: &[VolatileSlice<'_>]) -> io::Result<()> {
+pub(super) fn read_padded(
+    file: &impl ImageFile,
+    offset: u64,
+    buffers: &[VolatileSlice<'_>],
+) -> io::Result<()> {
     let count = file.read_at(offset, buffers)? as u64;
     let len = total_len(buffers);
     if count < len {
@@ -425,7 +415,7 @@ fn read_padded(file: &impl ImageFile, offset: u64, buffers: &[VolatileSlice<'_>]
     Ok(())
 }
 
-fn zero(buffers: &[VolatileSlice<'_>]) {
+pub(super) fn zero(buffers: &[VolatileSlice<'_>]) {
     const ZEROS: [u8; 4096] = [0; 4096];
     for buffer in buffers {
         let mut start = 0;
@@ -439,7 +429,7 @@ fn zero(buffers: &[VolatileSlice<'_>]) {
     }
 }
 
-fn copy_out(mut bytes: &[u8], buffers: &[VolatileSlice<'_>]) {
+pub(super) fn copy_out(mut bytes: &[u8], buffers: &[VolatileSlice<'_>]) {
     for buffer in buffers {
         let (now, later) = bytes.split_at(buffer.len().min(bytes.len()));
         buffer.copy_from(now);

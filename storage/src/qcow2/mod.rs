@@ -3,7 +3,8 @@
 //! ```text
 //!   mod          Qcow2Disk: the trait, one lock, counters
 //!   open         host files, locks, the chain of backing images      create   empty images
-//!   write        where a write goes, zeroing, discarding             check    counting anew, mending
+//!   transfer     data, outside the lock                              check    counting anew, mending
+//!   write        how a write changes the mapping                     resize   making the disk larger
 //!   image        where a byte is; the order of writes is told here   snapshot their directory
 //!   refcounts    counting clusters, finding free ones     commit     tables to the disk, in order
 //!   inspect      images by themselves, without what is behind them
@@ -22,8 +23,9 @@
 //! `header` and `snapshot`. Damage found when opening refuses the image; found later, it fails the operation
 //! with [`DiskErrorKind::Io`](crate::DiskErrorKind::Io).
 //!
-//! Lock: one mutex around the whole state, held for an operation; the backing image's is taken under it, which
-//! has no cycle because chains have none. Specification: QEMU's qcow2 specification.
+//! Locks: flushes take turns under one mutex; then one mutex around the mapping and the counts, which is not held
+//! while data is transferred (`transfer` says what keeps that right); then the backing image's, which has no cycle
+//! because chains have none. Specification: QEMU's qcow2 specification.
 
 mod bitmaps;
 mod cache;
@@ -37,16 +39,21 @@ mod inspect;
 mod layout;
 mod open;
 mod refcounts;
+mod resize;
 mod snapshot;
+mod transfer;
 mod write;
 
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use vm_memory::VolatileSlice;
 
 use crate::disk::{
-    Capabilities, DiscardLimits, Disk, SECTOR_SIZE, WriteZeroesLimits, check_range, total_len,
+    Capabilities, Direct, DirectEnd, DiscardLimits, Disk, SECTOR_SIZE, WriteZeroesLimits, check_range,
+    total_len,
 };
 use crate::error::{DiskError, DiskErrorKind, Operation};
 use crate::file::{HostFile, ImageFile};
@@ -71,8 +78,17 @@ const MAX_ZEROES_BYTES: u64 = 32 << 20;
 
 /// A qcow2 image. [`Qcow2Disk::open`] opens one of the host's.
 pub struct Qcow2Disk<F: ImageFile = HostFile> {
-    image: Mutex<Image<F>>,
-    capacity: u64,
+    /// What the image has too, for transfers.
+    file: Arc<F>,
+    backing: Option<Arc<dyn Disk>>,
+    /// Held by the one flush that runs.
+    flushes: Mutex<()>,
+    image: Mutex<Image<Arc<F>>>,
+    /// Held by the one change of size that runs; taken before all others.
+    growing: Mutex<()>,
+    /// A cluster is no longer busy, or no longer pinned.
+    settled: Condvar,
+    capacity: AtomicU64,
     cluster_size: u64,
     read_only: bool,
     snapshots: Vec<Snapshot>,
@@ -105,7 +121,8 @@ impl<F: ImageFile> Qcow2Disk<F> {
         }
         let (snapshots, _) = snapshot::read(&file, &header, file_size)?;
         let capacity = header.size.next_multiple_of(SECTOR_SIZE);
-        let mut image = Image::load(file, header, file_size, backing)?;
+        let file = Arc::new(file);
+        let mut image = Image::load(file.clone(), header, file_size, backing.clone())?;
         image.no_punch_hole = !can_punch;
         if !read_only {
             if image.is_marked_corrupt() {
@@ -120,8 +137,19 @@ impl<F: ImageFile> Qcow2Disk<F> {
         // Without trust in the counts of an image that is only read, they do not matter.
         image.scan(!read_only)?;
         let cluster_size = image.layout.cluster_size();
-        let image = Mutex::new(image);
-        Ok(Self { image, capacity, cluster_size, read_only, snapshots, metrics: DiskMetrics::default() })
+        Ok(Self {
+            file,
+            backing,
+            flushes: Mutex::new(()),
+            image: Mutex::new(image),
+            growing: Mutex::new(()),
+            settled: Condvar::new(),
+            capacity: capacity.into(),
+            cluster_size,
+            read_only,
+            snapshots,
+            metrics: DiskMetrics::default(),
+        })
     }
 
     /// Its internal snapshots.
@@ -132,7 +160,7 @@ impl<F: ImageFile> Qcow2Disk<F> {
     /// Checks the whole image. What was written so far becomes durable first. Takes as long as reading all
     /// tables does, and other operations wait.
     pub fn check(&self) -> io::Result<CheckReport> {
-        let mut image = self.lock();
+        let mut image = self.lock_quiet();
         if !self.read_only {
             image.commit()?;
         }
@@ -144,13 +172,13 @@ impl<F: ImageFile> Qcow2Disk<F> {
         if self.read_only {
             return Err(io::ErrorKind::ReadOnlyFilesystem.into());
         }
-        let mut image = self.lock();
+        let mut image = self.lock_quiet();
         image.commit()?;
         image.repair()
     }
 
     /// A poisoned lock is taken: every operation leaves the state such that all data is where it says.
-    fn lock(&self) -> MutexGuard<'_, Image<F>> {
+    fn lock(&self) -> MutexGuard<'_, Image<Arc<F>>> {
         self.image.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -160,14 +188,13 @@ impl<F: ImageFile> Qcow2Disk<F> {
         operation: Operation,
         offset: u64,
         len: u64,
-        action: impl FnOnce(&mut Image<F>) -> io::Result<()>,
+        action: impl FnOnce() -> io::Result<()>,
     ) -> Result<(), DiskError> {
         let result = if self.read_only {
             Err(DiskError::new(DiskErrorKind::ReadOnly, operation, offset, len))
         } else {
-            check_range(self.capacity, operation, offset, len).and_then(|()| {
-                action(&mut self.lock()).map_err(|error| DiskError::host(error, operation, offset, len))
-            })
+            check_range(self.capacity_bytes(), operation, offset, len)
+                .and_then(|()| action().map_err(|error| DiskError::host(error, operation, offset, len)))
         };
         self.metrics.count(operation, len, result)
     }
@@ -175,7 +202,7 @@ impl<F: ImageFile> Qcow2Disk<F> {
 
 impl<F: ImageFile> Disk for Qcow2Disk<F> {
     fn capacity_bytes(&self) -> u64 {
-        self.capacity
+        self.capacity.load(Ordering::SeqCst)
     }
 
     fn logical_block_size(&self) -> u32 {
@@ -189,38 +216,87 @@ impl<F: ImageFile> Disk for Qcow2Disk<F> {
             read_only: self.read_only,
             discard: (!self.read_only).then_some(discard),
             write_zeroes: (!self.read_only).then_some(write_zeroes),
-            resize: false,
+            resize: !self.read_only && self.snapshots.is_empty(),
             snapshots: true,
         }
     }
 
     fn read_at(&self, offset: u64, buffers: &[VolatileSlice<'_>]) -> Result<(), DiskError> {
         let len = total_len(buffers);
-        let result = check_range(self.capacity, Operation::Read, offset, len).and_then(|()| {
-            let mut image = self.lock();
-            image.read(offset, buffers).map_err(|error| DiskError::host(error, Operation::Read, offset, len))
+        let result = check_range(self.capacity_bytes(), Operation::Read, offset, len).and_then(|()| {
+            self.read(offset, buffers).map_err(|error| DiskError::host(error, Operation::Read, offset, len))
         });
         self.metrics.count(Operation::Read, len, result)
     }
 
     fn write_at(&self, offset: u64, buffers: &[VolatileSlice<'_>]) -> Result<(), DiskError> {
-        self.change(Operation::Write, offset, total_len(buffers), |image| image.write(offset, buffers))
+        self.change(Operation::Write, offset, total_len(buffers), || self.write(offset, buffers))
     }
 
     fn flush(&self) -> Result<(), DiskError> {
         if self.read_only {
             return self.metrics.count(Operation::Flush, 0, Ok(()));
         }
-        let result = self.lock().commit().map_err(|error| DiskError::host(error, Operation::Flush, 0, 0));
+        let result = self.commit().map_err(|error| DiskError::host(error, Operation::Flush, 0, 0));
         self.metrics.count(Operation::Flush, 0, result)
     }
 
     fn discard(&self, offset: u64, len: u64) -> Result<(), DiskError> {
-        self.change(Operation::Discard, offset, len, |image| image.discard(offset, len))
+        self.change(Operation::Discard, offset, len, || self.discard_range(offset, len))
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<(), DiskError> {
-        self.change(Operation::WriteZeroes, offset, len, |image| image.write_zeroes(offset, len, unmap))
+        self.change(Operation::WriteZeroes, offset, len, || self.zero_range(offset, len, unmap))
+    }
+
+    fn resize(&self, capacity: u64) -> Result<(), DiskError> {
+        let refused = |kind| Err(DiskError::new(kind, Operation::Resize, 0, capacity));
+        let result = if self.read_only {
+            refused(DiskErrorKind::ReadOnly)
+        } else if capacity < self.capacity_bytes() || !capacity.is_multiple_of(SECTOR_SIZE) {
+            refused(DiskErrorKind::Unsupported)
+        } else {
+            self.grow(capacity).map_err(|error| DiskError::host(error, Operation::Resize, 0, capacity))
+        };
+        self.metrics.count(Operation::Resize, 0, result)
+    }
+
+    fn try_read_at(&self, offset: u64, buffers: &[VolatileSlice<'_>]) -> Option<Result<(), DiskError>> {
+        let len = total_len(buffers);
+        check_range(self.capacity_bytes(), Operation::Read, offset, len).ok()?;
+        self.read_without_waiting(offset, len, buffers)?;
+        Some(self.metrics.count(Operation::Read, len, Ok(())))
+    }
+
+    fn try_write_at(&self, offset: u64, buffers: &[VolatileSlice<'_>]) -> Option<Result<(), DiskError>> {
+        // Writing in place to the page cache is all that takes no waiting.
+        self.file.descriptor()?;
+        let direct = self.begin_direct(Operation::Write, offset, total_len(buffers))?;
+        let result = self.file.write_at(direct.host_offset, buffers);
+        self.unpin(direct.host_offset, direct.len);
+        let result = result.map_err(|error| DiskError::host(error, Operation::Write, offset, direct.len));
+        Some(self.metrics.count(Operation::Write, direct.len, result))
+    }
+
+    fn direct_file(&self) -> Option<BorrowedFd<'_>> {
+        self.file.descriptor()
+    }
+
+    fn begin_direct(&self, operation: Operation, offset: u64, len: u64) -> Option<Direct> {
+        check_range(self.capacity_bytes(), operation, offset, len).ok()?;
+        let host_offset = match operation {
+            Operation::Read => self.pin_for_reading(offset, len),
+            Operation::Write if !self.read_only => self.pin_for_writing(offset, len),
+            _ => None,
+        }?;
+        Some(Direct { operation, offset, len, host_offset })
+    }
+
+    fn end_direct(&self, direct: Direct, end: DirectEnd) {
+        self.unpin(direct.host_offset, direct.len);
+        if end == DirectEnd::Done {
+            let _ = self.metrics.count(direct.operation, direct.len, Ok::<(), DiskError>(()));
+        }
     }
 
     fn metrics(&self) -> &DiskMetrics {

@@ -46,6 +46,17 @@ impl<F: ImageFile> Image<F> {
         Ok(count_at(bytes, self.layout.refcount_order, cluster % per_block))
     }
 
+    /// Whether the counts of a range are in memory.
+    pub(super) fn counts_cached(&mut self, offset: u64, len: u64) -> bool {
+        let per_block = self.layout.counts_per_block();
+        let clusters = self.clusters(offset, len);
+        let last = clusters.end.saturating_sub(1).max(clusters.start) / per_block;
+        (clusters.start / per_block..=last).all(|index| {
+            let block = self.blocks.get(index as usize).copied().unwrap_or(0);
+            block == 0 || self.counts.get(block).is_some()
+        })
+    }
+
     /// Changes the count of a cluster whose block exists.
     fn set_refcount(&mut self, cluster: u64, value: u64) -> io::Result<()> {
         let per_block = self.layout.counts_per_block();
@@ -179,6 +190,11 @@ impl<F: ImageFile> Image<F> {
     pub(super) fn apply_released(&mut self) -> io::Result<()> {
         let mut free = Vec::new();
         for cluster in std::mem::take(&mut self.released) {
+            if self.pins.contains_key(&cluster) {
+                // A transfer that began before it was let go is still under way.
+                self.released.push(cluster);
+                continue;
+            }
             let count = self.refcount(cluster << self.layout.cluster_bits)?;
             // Zero already: the image counted it wrongly. There is nothing to give back.
             if count != 0 {

@@ -1,41 +1,33 @@
-//! Changing the disk: writing, zeroing, discarding.
+//! How the mapping changes when the disk does; the data itself is `transfer`'s.
 //!
 //! A cluster is written in place when its reference count is one; its `copied` flag is not believed. Otherwise
 //! it gets a new cluster, and the mapping changes only after the data is written.
 
 use std::io;
 
-use vm_memory::VolatileSlice;
-
-use super::image::{Extent, Image, part_of};
+use super::image::{Extent, Image};
 use super::layout::{COPIED, Entry, Mapping, OFFSET_MASK, Standard, corrupt, set_word};
-use crate::disk::total_len;
 use crate::file::ImageFile;
 
-impl<F: ImageFile> Image<F> {
-    /// Writes the disk. The range is within the disk.
-    pub(super) fn write(&mut self, offset: u64, buffers: &[VolatileSlice<'_>]) -> io::Result<()> {
-        self.prepare_change()?;
-        let len = total_len(buffers);
-        let cluster = self.layout.cluster_size();
-        let mut done = 0;
-        while done < len {
-            let at = offset + done;
-            if let Some((host, run)) = self.in_place(at, len - done)? {
-                self.file.write_at(host, &part_of(buffers, done, run)?)?;
-                done += run;
-                continue;
-            }
-            let within = at & (cluster - 1);
-            let piece = (len - done).min(cluster - within);
-            self.write_cluster(at - within, within, &part_of(buffers, done, piece)?)?;
-            done += piece;
-        }
-        Ok(())
-    }
+/// How a write within one cluster changes its mapping. Everything in it holds until [`Image::finish`], because the
+/// cluster is busy meanwhile.
+pub(super) struct Plan {
+    /// The cluster's offset on the disk.
+    pub(super) start: u64,
+    /// The bytes of the cluster to write, with those around the ones that are asked for.
+    pub(super) first: u64,
+    pub(super) last: u64,
+    /// Where the cluster is in the image.
+    pub(super) host: u64,
+    /// It was there before.
+    own: bool,
+    before: Mapping,
+    entry: Entry,
+}
 
+impl<F: ImageFile> Image<F> {
     /// Where bytes can be overwritten, and how many.
-    fn in_place(&mut self, offset: u64, len: u64) -> io::Result<Option<(u64, u64)>> {
+    pub(super) fn in_place(&mut self, offset: u64, len: u64) -> io::Result<Option<(u64, u64)>> {
         let (mut place, mut run) = (0, 0);
         while run < len {
             let (Extent::Host(host), more) = self.resolve(offset + run, len - run)? else { break };
@@ -50,11 +42,10 @@ impl<F: ImageFile> Image<F> {
         Ok((run != 0).then_some((place, run)))
     }
 
-    /// Writes within one cluster in a way that changes its mapping. `start` is the cluster's offset on the disk,
-    /// `from` where in the cluster the buffers go.
-    fn write_cluster(&mut self, start: u64, from: u64, buffers: &[VolatileSlice<'_>]) -> io::Result<()> {
+    /// Plans a write of the bytes `from..to` of the cluster at `start` of the disk, which makes the cluster busy, and
+    /// takes a cluster of the image for it if it needs one.
+    pub(super) fn plan(&mut self, start: u64, from: u64, to: u64) -> io::Result<Plan> {
         let layout = self.layout;
-        let to = from + total_len(buffers);
         let touched = layout.pieces_in(from, to);
         let mapping = self.mapping_at(start)?;
         // What of the old content moves along, and whether there is a cluster to go on using.
@@ -80,48 +71,26 @@ impl<F: ImageFile> Image<F> {
         if keep & !touched != 0 {
             (first, last) = (0, layout.cluster_size());
         }
-        let bounce = self.with_surroundings(start, (first, from, to, last), buffers)?;
         let host = if own { old.host } else { self.allocate()? };
-        let written = match bounce {
-            None => self.file.write_at(host + from, buffers),
-            Some(mut bytes) => self.file.write_at(host + first, &[VolatileSlice::from(&mut bytes[..])]),
-        };
         let allocated = touched | keep | if own { old.allocated } else { 0 };
         let entry = Entry::standard(&layout, Standard { host, allocated, zero: old.zero & !allocated });
-        let changed = written.and_then(|()| self.set_entry(start, entry));
-        if let Err(error) = changed {
-            if !own {
-                self.unallocate(host)?;
+        self.busy.insert(start);
+        Ok(Plan { start, first, last, host, own, before: mapping, entry })
+    }
+
+    /// Ends a planned write: `written` is what became of its data.
+    pub(super) fn finish(&mut self, plan: &Plan, written: io::Result<()>) -> io::Result<()> {
+        self.busy.remove(&plan.start);
+        if let Err(error) = written.and_then(|()| self.set_entry(plan.start, plan.entry)) {
+            if !plan.own {
+                self.unallocate(plan.host)?;
             }
             return Err(error);
         }
-        if !own {
-            self.release(mapping);
+        if !plan.own {
+            self.release(plan.before);
         }
         self.commit_if_much_released()
-    }
-
-    /// The bytes `first..last` of the cluster with the buffers at `from..to`; `None` if nothing surrounds them.
-    fn with_surroundings(
-        &mut self,
-        start: u64,
-        (first, from, to, last): (u64, u64, u64, u64),
-        buffers: &[VolatileSlice<'_>],
-    ) -> io::Result<Option<Vec<u8>>> {
-        if (first, last) == (from, to) {
-            return Ok(None);
-        }
-        // At most a cluster.
-        let mut bytes = vec![0u8; (last - first) as usize];
-        let (head, rest) = bytes.split_at_mut((from - first) as usize);
-        let (middle, tail) = rest.split_at_mut((to - from) as usize);
-        self.read_bytes(start + first, head)?;
-        self.read_bytes(start + to, tail)?;
-        let mut done = 0;
-        for buffer in buffers {
-            done += buffer.copy_to(&mut middle[done..]);
-        }
-        Ok(Some(bytes))
     }
 
     /// Notes that the mapping lost its references to a cluster.
@@ -180,58 +149,8 @@ impl<F: ImageFile> Image<F> {
         Ok(table)
     }
 
-    /// Makes a range read as zero.
-    pub(super) fn write_zeroes(&mut self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
-        self.prepare_change()?;
-        self.for_clusters(offset, len, |image, start, from, to, whole| {
-            if image.reads_zero(start + from, to - from)? {
-                return Ok(());
-            }
-            if whole && image.zero_cluster(start, unmap)? {
-                return Ok(());
-            }
-            let mut zeros = vec![0u8; (to - from) as usize];
-            image.write(start + from, &[VolatileSlice::from(&mut zeros[..])])
-        })
-    }
-
-    /// Releases the whole clusters in a range. Where a backing image would show through, they become zero
-    /// clusters; version 2 has none, so there they stay.
-    pub(super) fn discard(&mut self, offset: u64, len: u64) -> io::Result<()> {
-        self.prepare_change()?;
-        self.for_clusters(offset, len, |image, start, _, _, whole| {
-            let mapped = image.mapping_at(start)? != Mapping::Standard(Standard::default());
-            if whole && mapped {
-                image.zero_cluster(start, true)?;
-            }
-            Ok(())
-        })
-    }
-
-    /// Calls with each cluster's start on the disk, the range in it, and whether that is all of it (the last
-    /// cluster may be longer than the disk).
-    fn for_clusters(
-        &mut self,
-        offset: u64,
-        len: u64,
-        mut each: impl FnMut(&mut Self, u64, u64, u64, bool) -> io::Result<()>,
-    ) -> io::Result<()> {
-        let cluster = self.layout.cluster_size();
-        let end = offset + len;
-        let mut at = offset;
-        while at < end {
-            let start = at & !(cluster - 1);
-            let to = end.min(start + cluster);
-            let whole = at == start && (to == start + cluster || to >= self.header.size);
-            each(self, start, at - start, to - start, whole)?;
-            self.commit_if_much_released()?;
-            at = to;
-        }
-        Ok(())
-    }
-
     /// Whether a range within a cluster is known to be zero without looking at data.
-    fn reads_zero(&mut self, offset: u64, len: u64) -> io::Result<bool> {
+    pub(super) fn reads_zero(&mut self, offset: u64, len: u64) -> io::Result<bool> {
         let mut done = 0;
         while done < len {
             let (extent, run) = self.resolve(offset + done, len - done)?;
@@ -248,7 +167,7 @@ impl<F: ImageFile> Image<F> {
 
     /// Makes a whole cluster zero by its entry; `false` if the format cannot say that of it. Its place is kept
     /// unless `unmap` is set or others use it too.
-    fn zero_cluster(&mut self, start: u64, unmap: bool) -> io::Result<bool> {
+    pub(super) fn zero_cluster(&mut self, start: u64, unmap: bool) -> io::Result<bool> {
         let mapping = self.mapping_at(start)?;
         let zero = if self.layout.has_zero_clusters() {
             self.layout.all_pieces()

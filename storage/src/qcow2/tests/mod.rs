@@ -4,7 +4,9 @@ mod bad_images;
 mod corpus;
 mod interop;
 mod model;
+mod parallel;
 mod power;
+mod resize;
 
 use std::sync::Arc;
 
