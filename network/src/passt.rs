@@ -23,11 +23,12 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, Command, Stdio};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use atoll_foundation::eventfd::wait_readable;
+use atoll_foundation::sync::lock;
 use atoll_foundation::{EventLoopHandle, log_limited};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
@@ -125,10 +126,6 @@ struct Incoming {
     /// What was read and not yet taken.
     start: usize,
     end: usize,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl PasstPort {

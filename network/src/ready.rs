@@ -13,8 +13,9 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
+use atoll_foundation::sync::lock;
 use atoll_foundation::{EventLoopHandle, Interest, Readiness, SourceToken};
 
 /// A descriptor that is watched by need.
@@ -41,10 +42,6 @@ impl AsFd for Shared {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
-}
-
-fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
-    state.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Ready {

@@ -17,9 +17,10 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use atoll_foundation::EventLoopHandle;
+use atoll_foundation::sync::lock;
 use atoll_foundation::tun::{self, TunOffloads};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
@@ -324,7 +325,7 @@ impl Port for TapPort {
         take: &mut dyn FnMut(&FrameHeader, &[u8]) -> Taken,
     ) -> Result<Received, PortError> {
         let queue = self.queue(pair)?;
-        let mut receiver = queue.receive.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut receiver = lock(&queue.receive);
         let Receiver { buffer, kept } = &mut *receiver;
         while kept.is_none() {
             match rustix::io::read(queue.ready.fd(), &mut buffer[..]) {

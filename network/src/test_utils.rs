@@ -6,9 +6,10 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use atoll_foundation::EventLoopHandle;
+use atoll_foundation::sync::lock;
 use vm_memory::VolatileSlice;
 
 use crate::header::{FrameHeader, Offloads};
@@ -45,10 +46,6 @@ struct State {
     link: bool,
     gone: Option<String>,
     offloads: Offloads,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Two connected ports with `pairs` pairs; each direction of each pair holds `room` frames (both at least 1).

@@ -2,8 +2,9 @@
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError, Weak};
+use std::sync::{Arc, Mutex, OnceLock, TryLockError, Weak};
 
+use atoll_foundation::sync::lock;
 use atoll_foundation::{EventLoopHandle, Interest, Readiness, SharedMemory, SourceToken};
 use vm_memory::VolatileSlice;
 
@@ -57,10 +58,6 @@ struct Receiver {
     frame: Vec<u8>,
     /// The header of a frame that the caller has not taken.
     kept: Option<FrameHeader>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl std::fmt::Debug for RingPort {

@@ -9,6 +9,7 @@ use crate::header::{FrameHeader, PartialChecksum, SegmentKind, Segmentation};
 use crate::port::{MAX_FRAME, Port, PortError, PortEvent, Received, Sent, Taken};
 use atoll_foundation::EventLoop;
 use atoll_foundation::eventfd::wait_readable;
+use atoll_foundation::sync::lock;
 use proptest::prelude::*;
 use std::sync::Mutex;
 use std::time::Duration;
@@ -173,10 +174,6 @@ fn a_peer_that_finds_no_room_hears_of_it() {
     while receive(&port, 0).unwrap().is_some() {}
     assert!(readable(peer.room_event()));
     assert!(peer.request_room_event(0).unwrap(), "there is room already");
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap()
 }
 
 fn watch(port: &RingPort, events: &EventLoop) -> Arc<Mutex<Vec<PortEvent>>> {
