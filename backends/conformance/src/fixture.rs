@@ -8,9 +8,10 @@
 
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, Weak};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, Weak};
 use std::time::Duration;
 
+use atoll_foundation::sync::lock;
 use atoll_machine::backend::{Backend, CpuIo, HaltReason, Partition, PartitionConfig, StopFlag, Vcpu};
 use atoll_machine::bus::MmioDevice;
 use atoll_machine::cpu::host::HostCpu;
@@ -67,11 +68,6 @@ struct Board {
 fn model<B: Backend>(backend: &B, tsc_khz: u32) -> CpuModel {
     let resolve = |name| CpuModel::resolve_for(name, &HostCpu::detect(), &backend.features(), tsc_khz);
     resolve(DEFAULT_MODEL).or_else(|_| resolve("host")).expect("a model")
-}
-
-/// The lock of a mutex whose holder may have failed its case.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 
 /// The bytes that the board answers to its `count`th port read.
