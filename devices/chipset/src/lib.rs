@@ -33,7 +33,7 @@
 // Shifts bind tighter than masks, as data sheets write them.
 #![allow(clippy::precedence)]
 
-use std::sync::{Mutex, MutexGuard};
+use atoll_foundation::sync::lock;
 
 pub mod acpi_pm;
 #[cfg(any(test, feature = "test-utils"))]
@@ -56,8 +56,3 @@ mod sections;
 mod testing;
 pub mod uart;
 pub mod watchdog;
-
-/// Locks `mutex`. A panic elsewhere does not make plain register values invalid.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(|e| e.into_inner())
-}

@@ -21,7 +21,8 @@
 #![forbid(unsafe_code)]
 
 use std::fmt;
-use std::sync::{Mutex, MutexGuard};
+
+use atoll_foundation::sync::lock;
 
 mod assign;
 mod bar;
@@ -143,11 +144,6 @@ pub trait PciDevice: Send + Sync {
     fn secondary_bus(&self) -> Option<&PciBus> {
         None
     }
-}
-
-/// Locks `mutex`. A panic elsewhere does not make plain register values invalid.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 
 #[cfg(test)]

@@ -20,7 +20,7 @@
 
 #![forbid(unsafe_code)]
 
-use std::sync::{Mutex, MutexGuard};
+use atoll_foundation::sync::lock;
 
 pub mod blk;
 pub mod console;
@@ -37,8 +37,3 @@ mod garbage_tests;
 
 pub use device::{DeviceHandle, RestoreError, VirtioDevice};
 pub use transport::pci::{VirtioPciDevice, VirtioPciParts};
-
-/// Locks `mutex`. A panic elsewhere does not make plain register values invalid.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(|e| e.into_inner())
-}
