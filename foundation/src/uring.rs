@@ -338,7 +338,7 @@ mod tests {
     #[test]
     fn dropping_the_ring_waits_for_what_is_under_way() {
         let mut file = tempfile::tempfile().unwrap();
-        file.write_all(&[7; 1 << 20]).unwrap();
+        file.write_all(&vec![7; 1 << 20]).unwrap();
         let Some(ring) = ring(&file) else { return };
         let (sender, results) = mpsc::channel();
         for _ in 0..100 {

@@ -3,27 +3,20 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use atoll_api_types::{ByteSize, DiskImageFormat, OnCrash, VmSpec};
+use atoll_api_types::{ByteSize, OnCrash, VmSpec};
 use atoll_firmware::layout::{self, AddressMap};
 use atoll_machine::cpu::topology::{MAX_CPUS, Topology};
 use atoll_machine::memory::RamBlock;
-use atoll_storage::{Disk, DiskFormat, OpenOptions};
 
 use crate::accelerator::{self, Choice, HostFacts};
 use crate::boot_files::BootFiles;
+use crate::disks::{DiskConfig, Troubles};
 use crate::driver::Resources;
 use crate::engine::Engine;
 use crate::error::VmError;
 use crate::host_options::{self, HostResources};
 use crate::network::{self, Interface};
 use crate::{boot, machine, models};
-
-/// One disk, open and locked.
-pub(crate) struct DiskConfig {
-    pub(crate) disk: Arc<dyn Disk>,
-    /// Serial number that the guest reads, at most 20 bytes.
-    pub(crate) serial: String,
-}
 
 /// A machine that can be built.
 pub(crate) struct Config {
@@ -39,7 +32,9 @@ pub(crate) struct Config {
     pub(crate) map: AddressMap,
     pub(crate) ram: Arc<RamBlock>,
     pub(crate) boot: BootFiles,
-    pub(crate) disks: Vec<DiskConfig>,
+    /// Shared with whoever changes their limits.
+    pub(crate) disks: Vec<Arc<DiskConfig>>,
+    pub(crate) troubles: Arc<Troubles>,
     /// Shared with the machine: their devices come and go, they stay.
     pub(crate) networks: Vec<Arc<Interface>>,
     /// Why the machine's process needs the host's network, if it does.
@@ -81,9 +76,14 @@ impl Config {
         }
         boot::check(&boot, &bytes, &machine::tables(&map, topology, uuid))?;
         boot.keep(bytes);
-        let mut disks = spec.disks.iter().enumerate().map(open_disk).collect::<Result<Vec<_>, _>>()?;
+        let mut disks = spec
+            .disks
+            .iter()
+            .enumerate()
+            .map(|disk| DiskConfig::open(disk).map(Arc::new))
+            .collect::<Result<Vec<_>, _>>()?;
         for disk in ready {
-            disks.push(DiskConfig { disk, serial: format!("disk{}", disks.len()) });
+            disks.push(Arc::new(DiskConfig::ready(disks.len(), disk)));
         }
         let ram = RamBlock::with_options("ram", map.memory(), &ram_options)
             .map_err(|e| VmError::Memory(format!("cannot make {} of guest memory: {e}", spec.memory)))?;
@@ -105,6 +105,7 @@ impl Config {
             ram,
             boot,
             disks,
+            troubles: Arc::default(),
             networks,
             network_needed_by: network_needed_by(spec),
             on_crash: spec.on_crash,
@@ -177,17 +178,6 @@ fn check_host_memory(memory: ByteSize) -> Result<(), VmError> {
         )));
     }
     Ok(())
-}
-
-fn open_disk((index, spec): (usize, &atoll_api_types::DiskSpec)) -> Result<DiskConfig, VmError> {
-    let options = OpenOptions { read_only: spec.readonly };
-    let format = spec.format.map(|format| match format {
-        DiskImageFormat::Raw => DiskFormat::Raw,
-        DiskImageFormat::Qcow2 => DiskFormat::Qcow2,
-    });
-    let disk =
-        atoll_storage::open_disk(&spec.path, options, format).map_err(|e| VmError::Disk(e.to_string()))?;
-    Ok(DiskConfig { disk, serial: format!("disk{index}") })
 }
 
 /// A disk on a server is connected to again when the connection is lost.

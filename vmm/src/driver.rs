@@ -11,23 +11,27 @@
 //! on the same backend or on another: whatever a guest still notices is missing from the saved state. When that
 //! fails, the machine that was there runs on.
 //!
+//! A machine is held while a disk of it cannot be read or written; `disks` has the states.
+//!
 //! Requests that arrive for a machine that was already torn down by a reset are dropped: each machine's
 //! requests carry its incarnation.
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use atoll_api_types::{Limits, OnCrash, VmSpec};
 use atoll_foundation::log_limited;
 use atoll_machine::control::{MachineControl, MachineRequest};
 use atoll_storage::Disk;
+use atoll_virtio::blk::Blk;
 use atoll_virtio::net::{Net, NetLimits};
 
 use crate::accelerator::{BackendKind, Choice};
 use crate::config::Config;
 use crate::console::{ConsoleId, ConsoleOutput};
+use crate::disks::{DiskConfig, RETRY_TIME};
 use crate::engine::Engine;
 use crate::error::VmError;
 use crate::event::{EventSink, VmEvent};
@@ -104,6 +108,9 @@ enum Message {
     /// From the machine of this incarnation.
     Request(u64, MachineRequest),
     PowerButton,
+    /// A disk keeps requests after an error of the host: its number and the error.
+    DiskTrouble(usize, String),
+    Resume,
     Rebuild(Option<BackendKind>, Sender<Result<u64, VmError>>),
     Stop,
 }
@@ -162,12 +169,14 @@ impl Vm {
         let shared = Arc::new(Shared {
             messages: sender,
             inputs: Mutex::new(None),
+            disks: self.config.disks.iter().map(Arc::downgrade).collect(),
             networks: self.config.networks.iter().map(Arc::downgrade).collect(),
             window: Mutex::new(None),
             ended: AtomicBool::new(false),
         });
         let VmOutputs { serial, virtio, rebooted, event, ended } = outputs;
-        let network = NetworkThread::start(&self.config.networks, &EventSink::from(event))?;
+        let events = EventSink::from(event);
+        let network = NetworkThread::start(&self.config.networks, &events)?;
         let mut driver = Driver {
             config: self.config,
             shared: shared.clone(),
@@ -175,8 +184,14 @@ impl Vm {
             virtio: virtio.into(),
             rebooted,
             _network: network,
+            events,
+            held: false,
             incarnation: 0,
         };
+        let troubles = shared.messages.clone();
+        driver.config.troubles.connect(Box::new(move |disk, why| {
+            let _ = troubles.send(Message::DiskTrouble(disk, why));
+        }));
         // The first machine is built here, so that what cannot be built is an error of this call.
         let machine = driver.build()?;
         let driving = shared.clone();
@@ -197,6 +212,8 @@ struct Shared {
     messages: Sender<Message>,
     /// The inputs of the machine that runs now.
     inputs: Mutex<Option<MachineInputs>>,
+    /// Its disks, for as long as it has not ended.
+    disks: Vec<Weak<DiskConfig>>,
     /// Its network interfaces, for as long as it has not ended.
     networks: Vec<Weak<Interface>>,
     /// Columns and rows last announced, for the next incarnation's console.
@@ -249,6 +266,35 @@ impl VmHandle {
             }
             _ => false,
         }
+    }
+
+    /// Changes what disk `index` (counted from 0) may be read and written, at once. False: the machine has no such disk,
+    /// or is being replaced at this moment.
+    pub fn set_disk_limits(&self, index: usize, limits: &Limits) -> bool {
+        let limits = rate_limits(limits);
+        self.with_disk(index, |disk, device| disk.set_limits(device, limits)).is_some()
+    }
+
+    /// Makes disk `index` (counted from 0) `bytes` large; the guest is told. It cannot become smaller.
+    pub fn resize_disk(&self, index: usize, bytes: u64) -> Result<(), VmError> {
+        let resized = self.with_disk(index, |disk, device| {
+            device.resize(bytes).map_err(|error| VmError::Disk(format!("disk {}: {error}", disk.name)))
+        });
+        resized.unwrap_or_else(|| Err(VmError::Disk(format!("the machine has no disk {index}"))))
+    }
+
+    fn with_disk<R>(&self, index: usize, change: impl FnOnce(&DiskConfig, &Blk) -> R) -> Option<R> {
+        let disk = self.shared.disks.get(index).and_then(Weak::upgrade)?;
+        let device = {
+            let inputs = self.shared.inputs.lock().unwrap_or_else(PoisonError::into_inner);
+            inputs.as_ref().and_then(|inputs| inputs.disks().get(index).cloned())?
+        };
+        Some(change(&disk, &device))
+    }
+
+    /// Lets a machine that is held because of a disk try again now, not only at the next full second.
+    pub fn resume(&self) {
+        let _ = self.shared.messages.send(Message::Resume);
     }
 
     /// Presses the ACPI power button.
@@ -306,6 +352,9 @@ struct Driver {
     rebooted: Box<dyn Fn() + Send>,
     /// After the configuration: ports end before the thread that watches them.
     _network: Option<NetworkThread>,
+    events: EventSink,
+    /// The machine is paused because a disk is in trouble.
+    held: bool,
     incarnation: u64,
 }
 
@@ -348,6 +397,8 @@ impl Driver {
             interface.attach(net);
         }
         self.publish_inputs(&**machine);
+        // What the disks keep is carried out again; if that fails, the machine is held again.
+        self.held = false;
         machine.resume();
         result
     }
@@ -388,7 +439,7 @@ impl Driver {
     fn drive(&mut self, mut machine: Box<dyn AnyMachine>, messages: &Receiver<Message>) -> RunEnd {
         machine.resume();
         // The driver itself holds a sender, so the channel stays open.
-        while let Ok(message) = messages.recv() {
+        while let Some(message) = self.next(&*machine, messages) {
             match self.decide(&*machine, message) {
                 Decision::GoOn => {}
                 Decision::Rebuild(backend, reply) => {
@@ -413,16 +464,59 @@ impl Driver {
         RunEnd::Stopped
     }
 
+    /// The next message. While the machine is held, its disks are tried again between messages.
+    fn next(&mut self, machine: &dyn AnyMachine, messages: &Receiver<Message>) -> Option<Message> {
+        while self.held {
+            match messages.recv_timeout(RETRY_TIME) {
+                Ok(message) => return Some(message),
+                Err(RecvTimeoutError::Timeout) if machine.retry_disks() => self.release(machine),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return None,
+            }
+        }
+        messages.recv().ok()
+    }
+
+    /// Pauses the machine because of a disk.
+    fn hold(&mut self, machine: &dyn AnyMachine, disk: usize, why: String) {
+        // While it is held, every attempt that fails says so again; and a disk may have been mended since.
+        let keeps = machine.inputs().disks().get(disk).is_some_and(|disk| disk.kept() != 0);
+        if self.held || !keeps {
+            return;
+        }
+        machine.pause();
+        self.held = true;
+        let disk = self.config.disks.get(disk).map(|disk| disk.name.clone()).unwrap_or_default();
+        (self.events)(VmEvent::DiskTrouble { disk, why });
+    }
+
+    /// Lets a machine that was held go on.
+    fn release(&mut self, machine: &dyn AnyMachine) {
+        self.held = false;
+        (self.events)(VmEvent::DisksMended);
+        machine.resume();
+    }
+
     fn forget_inputs(&self) {
         *self.shared.inputs.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
-    fn decide(&self, machine: &dyn AnyMachine, message: Message) -> Decision {
+    fn decide(&mut self, machine: &dyn AnyMachine, message: Message) -> Decision {
         let request = match message {
             Message::Request(incarnation, request) if incarnation == self.incarnation => request,
             Message::Request(..) => return Decision::GoOn,
             Message::PowerButton => {
                 machine.press_power_button();
+                return Decision::GoOn;
+            }
+            Message::DiskTrouble(disk, why) => {
+                self.hold(machine, disk, why);
+                return Decision::GoOn;
+            }
+            Message::Resume => {
+                if self.held && machine.retry_disks() {
+                    self.release(machine);
+                }
                 return Decision::GoOn;
             }
             Message::Rebuild(backend, reply) => return Decision::Rebuild(backend, reply),

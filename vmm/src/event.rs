@@ -14,6 +14,16 @@ pub enum VmEvent {
         /// Why.
         why: String,
     },
+    /// The machine is held: the host has no space for the data of a disk, or failed to read or write it. It tries
+    /// again about every second.
+    DiskTrouble {
+        /// The disk, as the user named it.
+        disk: String,
+        /// Why.
+        why: String,
+    },
+    /// The machine goes on: the requests that its disks kept have succeeded.
+    DisksMended,
 }
 
 impl fmt::Display for VmEvent {
@@ -22,6 +32,10 @@ impl fmt::Display for VmEvent {
             Self::NetworkLost { interface, why } => {
                 write!(f, "network interface {interface} has lost its connection: {why}")
             }
+            Self::DiskTrouble { disk, why } => {
+                write!(f, "the machine is paused: disk {disk}: {why}; it goes on once that is mended")
+            }
+            Self::DisksMended => write!(f, "the machine goes on: its disks work again"),
         }
     }
 }

@@ -22,6 +22,7 @@ mod boot_files;
 mod config;
 mod console;
 mod device_thread;
+mod disks;
 mod driver;
 mod engine;
 mod error;

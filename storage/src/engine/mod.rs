@@ -252,7 +252,7 @@ impl Shared {
             // It begins after all of these were submitted, so it covers what each of them must.
             let result = self.disk.flush();
             for done in waiting {
-                let result = result.as_ref().map(|()| ()).map_err(DiskError::again);
+                let result = result.as_ref().copied().map_err(DiskError::again);
                 self.complete(done, result);
             }
         }

@@ -30,6 +30,7 @@ use atoll_machine::memory::{AddressSpace, MemoryError, RamBlock};
 use atoll_machine::state::{ContainerError, StateSection};
 use atoll_machine::time::{HostClock, Timers};
 use atoll_pci::PciRoot;
+use atoll_virtio::blk::Blk;
 use atoll_virtio::console::Console;
 use atoll_virtio::net::Net;
 use atoll_virtio::transport::pci::VirtioPciDevice;
@@ -72,6 +73,7 @@ struct Common {
 pub(crate) struct MachineInputs {
     serial: Arc<Uart>,
     console: Arc<Console>,
+    disks: Vec<Arc<Blk>>,
     networks: Vec<Arc<Net>>,
 }
 
@@ -89,6 +91,11 @@ impl MachineInputs {
         self.console.resize(columns, rows);
     }
 
+    /// The disks' devices, in order.
+    pub(crate) fn disks(&self) -> &[Arc<Blk>] {
+        &self.disks
+    }
+
     /// The network devices, in order.
     pub(crate) fn networks(&self) -> &[Arc<Net>] {
         &self.networks
@@ -103,6 +110,7 @@ pub(crate) struct Machine<B: Backend> {
     memory: Arc<AddressSpace>,
     serial: Arc<Uart>,
     console: Arc<Console>,
+    disks: Vec<Arc<Blk>>,
     networks: Vec<Arc<Net>>,
     pm: Arc<AcpiPm>,
     virtio: Vec<Arc<VirtioPciDevice>>,
@@ -124,6 +132,9 @@ pub(crate) trait AnyMachine: Send {
     /// Stops every vCPU at a consistent point, then time, then the devices: nothing of the machine changes until
     /// [`AnyMachine::resume`].
     fn pause(&self);
+    /// Carries out again what the disks kept after errors of the host. The machine must be paused, and stays so.
+    /// Returns whether nothing is kept any more.
+    fn retry_disks(&self) -> bool;
     /// The state of everything but memory. The machine must be paused.
     fn save(&self) -> Result<Vec<u8>, VmError>;
     /// Takes over a state that a machine of the same description saved. The machine stays paused; after an error
@@ -176,6 +187,7 @@ where
             memory: common.memory,
             serial: chipset.serial,
             console: pci.console,
+            disks: pci.disks,
             networks: pci.networks,
             pm: chipset.pm,
             virtio: pci.virtio,
@@ -207,6 +219,7 @@ where
         MachineInputs {
             serial: self.serial.clone(),
             console: self.console.clone(),
+            disks: self.disks.clone(),
             networks: self.networks.clone(),
         }
     }
@@ -239,6 +252,16 @@ where
         for device in &self.virtio {
             device.pause();
         }
+    }
+
+    fn retry_disks(&self) -> bool {
+        // Each of them, also after one that still fails.
+        let mended = self.disks.iter().filter(|disk| disk.retry()).count() == self.disks.len();
+        for device in &self.virtio {
+            // Hands back what has succeeded.
+            device.pause();
+        }
+        mended
     }
 
     fn save(&self) -> Result<Vec<u8>, VmError> {

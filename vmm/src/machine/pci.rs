@@ -24,7 +24,7 @@ use atoll_machine::interrupt::MsiSink;
 use atoll_machine::memory::GuestMemory;
 use atoll_machine::state::{RestoreError, SaveState, StateSection};
 use atoll_pci::{AssignWindows, BarMapper, PciBarMapper, PciDevice, assign_bars, devfn, intx_gsi};
-use atoll_virtio::blk::{Blk, BlkOptions};
+use atoll_virtio::blk::Blk;
 use atoll_virtio::console::Console;
 use atoll_virtio::device::VirtioDevice;
 use atoll_virtio::net::Net;
@@ -50,6 +50,7 @@ const DEFAULT_WINDOW: (u16, u16) = (80, 25);
 /// The parts that others have to do with.
 pub(super) struct PciDevices {
     pub(super) console: Arc<Console>,
+    pub(super) disks: Vec<Arc<Blk>>,
     pub(super) networks: Vec<Arc<Net>>,
     pub(super) virtio: Vec<Arc<VirtioPciDevice>>,
     pub(super) sections: Vec<(String, Arc<dyn StateSection>)>,
@@ -108,11 +109,12 @@ pub(super) fn build(
     let console = Console::new(console_sink, DEFAULT_WINDOW, common.inputs.clone());
     builder.virtio("console", CONSOLE, console.clone())?;
     builder.virtio("rng", RNG, Rng::new(common.inputs.clone()))?;
-    for (index, disk) in (0..).zip(&config.disks) {
+    let mut disks = Vec::new();
+    for (index, disk) in (0u8..).zip(&config.disks) {
         let queues = config.topology.cpus().min(64) as u16;
-        let options = BlkOptions { serial: disk.serial.clone(), queues, ..BlkOptions::default() };
-        let blk = Blk::new(disk.disk.clone(), &options);
-        builder.virtio(&format!("blk{index}"), FIRST_DISK + index, blk)?;
+        let blk = disk.device(queues, config.troubles.of(usize::from(index)));
+        builder.virtio(&format!("blk{index}"), FIRST_DISK + index, blk.clone())?;
+        disks.push(blk);
     }
     let mut networks = Vec::new();
     for (index, interface) in (0..).zip(&config.networks) {
@@ -126,7 +128,7 @@ pub(super) fn build(
         memory64: config.map.mmio64.start..config.map.mmio64.end,
     };
     assign_bars(chipset.root.bus(), &windows).map_err(VmError::build)?;
-    Ok(PciDevices { console, networks, virtio: builder.virtio, sections: builder.sections })
+    Ok(PciDevices { console, disks, networks, virtio: builder.virtio, sections: builder.sections })
 }
 
 impl Builder<'_> {

@@ -37,6 +37,9 @@ pub(super) enum Work {
     WriteZeroes(Vec<Range>),
 }
 
+/// What the engine is asked for: operation, offset, length, whether space may be released, buffers.
+type Asked = (Operation, u64, u64, bool, Option<Arc<dyn TransferBuffers>>);
+
 /// A request that was taken out of its ring.
 pub(super) struct Request {
     pub(super) queue: u16,
@@ -51,8 +54,8 @@ pub(super) struct Request {
 }
 
 impl Request {
-    /// The next step, if there is one: operation, offset, length, whether space may be released, buffers.
-    fn next(&self) -> Option<(Operation, u64, u64, bool, Option<Arc<dyn TransferBuffers>>)> {
+    /// The next step, if there is one.
+    fn next(&self) -> Option<Asked> {
         let ranges = |ranges: &[Range], operation| {
             ranges.get(self.step).map(|r| (operation, r.offset, r.len, r.unmap, None))
         };
