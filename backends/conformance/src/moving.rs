@@ -20,7 +20,7 @@ use crate::registers::Random;
 
 const TIMER: u8 = 0x50;
 const MESSAGE: u8 = 0x60;
-const TURNS: u32 = 60_000;
+const TURNS: u32 = 240_000;
 /// Results: general registers' sum, vector sum, x87 sum, count of times that the time-stamp counter went back.
 const RESULTS: u64 = DATA + 0x8_0000;
 /// Set at the end of the computation; then a flag and a number of messages from outside.
@@ -188,7 +188,7 @@ pub(crate) fn moved_at_every_budget_gives_the_same_result<B: Backend>(backend: &
     let (mut messages, mut moves) = (0, 0);
     while !home.is_done() {
         let Some(counting) = home.machine.partition.counting() else { return };
-        counting.set_budget(0, Some(1 + random.below(20_000)));
+        counting.set_budget(0, Some(1 + random.below(80_000)));
         assert_eq!(home.machine.run(&mut home.guest), HaltReason::BudgetSpent);
         let requests = apic(&home.guest.state(), 0x230);
         if random.below(3) == 0 && requests & 1 == 0 {
