@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use atoll_api_types::{Accelerator, VmSpec};
 use atoll_storage::Disk;
-use atoll_vmm::{RunEnd, Vm, VmHandle, VmOutputs};
+use atoll_vmm::{Resources, RunEnd, Vm, VmHandle, VmOutputs};
 
 /// What the serial port has printed, as far as it was not taken.
 #[derive(Default)]
@@ -56,8 +56,13 @@ pub(crate) struct Running {
 }
 
 impl Running {
+    #[allow(dead_code)] // Not every test program has disks of its own.
     pub(crate) fn start(spec: &VmSpec, disks: Vec<Arc<dyn Disk>>) -> Self {
-        let vm = Vm::prepare_with_disks(spec, disks).unwrap();
+        Self::start_with(spec, Resources { disks, ..Resources::default() })
+    }
+
+    pub(crate) fn start_with(spec: &VmSpec, resources: Resources) -> Self {
+        let vm = Vm::prepare_with(spec, resources).unwrap();
         let lines = Arc::new(Lines::default());
         let (sender, ended) = mpsc::channel();
         let sink = lines.clone();
