@@ -19,9 +19,10 @@
 mod open;
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
 
+use atoll_foundation::sync::lock;
 use atoll_foundation::{EventLoop, EventLoopHandle};
 use atoll_network::port::PortListener;
 use atoll_network::{Port, PortEvent};
@@ -65,7 +66,7 @@ impl Relay {
         {
             lost(format!("{name} is gone"));
         }
-        let device = self.device.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let device = lock(&self.device).clone();
         if let Some(device) = device {
             device(event);
         }
@@ -80,7 +81,7 @@ impl Interface {
 
     /// A device for the next machine. From now on it gets the port's events.
     pub(crate) fn device(&self) -> Arc<Net> {
-        let limits = *self.limits.lock().unwrap_or_else(PoisonError::into_inner);
+        let limits = *lock(&self.limits);
         let net = Net::new(self.port.clone(), &NetOptions { limits, ..self.options.clone() });
         self.attach(&net);
         net
@@ -90,7 +91,7 @@ impl Interface {
     /// meanwhile.
     pub(crate) fn attach(&self, net: &Arc<Net>) {
         let listener = net.listener();
-        *self.relay.device.lock().unwrap_or_else(PoisonError::into_inner) = Some(listener.clone());
+        *lock(&self.relay.device) = Some(listener.clone());
         for pair in 0..self.port.queue_pairs() {
             listener(PortEvent::Readable(pair));
             listener(PortEvent::Writable(pair));
@@ -99,7 +100,7 @@ impl Interface {
 
     /// Limits for the device that is there and those that follow it.
     pub(crate) fn set_limits(&self, net: &Net, limits: NetLimits) {
-        *self.limits.lock().unwrap_or_else(PoisonError::into_inner) = limits;
+        *lock(&self.limits) = limits;
         net.set_limits(limits);
     }
 }

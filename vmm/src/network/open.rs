@@ -2,9 +2,10 @@
 
 use std::net::SocketAddr;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use atoll_api_types::{HostDevice, NetKind, NetSpec, Passt, PortForward, Protocol, UserNet as UserSpec};
+use atoll_foundation::sync::lock;
 use atoll_network::passt::{PasstOptions, PasstPort};
 use atoll_network::ring::{RingLink, RingPort};
 use atoll_network::tap::TapPort;
@@ -30,7 +31,7 @@ impl Helper {
     pub(super) fn supervise(&self) -> Result<(), VmError> {
         match self {
             Self::User(helper, link) => {
-                let mut helper = helper.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut helper = lock(helper);
                 helper.supervise(link.clone()).map_err(refused)
             }
             Self::None => Ok(()),
