@@ -8,7 +8,8 @@ use crate::{ByteSize, ParseSizeError};
 
 /// Limits of one device. What is absent is not limited.
 ///
-/// A burst is what may pass at once after a quiet time; without one it is what passes in one second.
+/// A burst is what may pass at once after a quiet time; without one it is what passes in a tenth of a second, or what
+/// one large operation needs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Limits {
