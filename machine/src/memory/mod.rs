@@ -22,6 +22,8 @@ mod backing;
 mod buffers;
 mod guest;
 mod mapping;
+#[cfg(test)]
+mod race;
 mod ram;
 mod source;
 mod view;

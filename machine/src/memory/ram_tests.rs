@@ -3,6 +3,7 @@
 use std::sync::atomic::AtomicBool;
 
 use super::*;
+use crate::memory::race::{Race, block};
 
 /// Makes a window between two steps of a race wide enough to be hit: sometimes lets other threads run.
 pub(super) fn stumble() {
@@ -12,10 +13,6 @@ pub(super) fn stumble() {
     if calls.is_multiple_of(7) {
         std::thread::yield_now();
     }
-}
-
-fn block(pages: u64) -> Arc<RamBlock> {
-    RamBlock::new_shared("test", pages * PAGE_SIZE).unwrap()
 }
 
 #[test]
@@ -124,63 +121,14 @@ fn writes_through_a_volatile_slice_are_noted() {
     assert_ne!(ram.protect_code(2), version);
 }
 
-/// Writers store as fast as they can while each reader copies the pages that its takes return. After the
-/// writers stopped and one more take, every reader's copy must equal the memory.
 #[test]
 fn no_store_is_lost_between_concurrent_writers_and_readers() {
-    const PAGES: u64 = 2;
-    for round in 0..100u64 {
-        let ram = block(PAGES);
-        let stop = Arc::new(AtomicBool::new(false));
-        let writers: Vec<_> = (0..2u64)
-            .map(|w| {
-                let (ram, stop) = (ram.clone(), stop.clone());
-                std::thread::spawn(move || {
-                    let mut n = round + w;
-                    while !stop.load(Ordering::Relaxed) {
-                        n = n.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-                        let page = (n >> 33) % PAGES;
-                        ram.write(page * PAGE_SIZE + w * 8, &n.to_le_bytes()).unwrap();
-                    }
-                })
-            })
-            .collect();
+    for round in 0..100 {
+        let ram = block(2);
         // One reader alone would stay blind after a lost store; two disturb each other.
-        let readers: Vec<_> = (0..1 + round % 2)
-            .map(|_| {
-                let ram = ram.clone();
-                let mut log = ram.dirty_log();
-                std::thread::spawn(move || {
-                    let mut copy = vec![0u8; (PAGES * PAGE_SIZE) as usize];
-                    for page in 0..PAGES {
-                        copy_page(&ram, page, &mut copy);
-                    }
-                    for _ in 0..200 {
-                        for page in log.take().iter() {
-                            copy_page(&ram, page, &mut copy);
-                        }
-                    }
-                    (log, copy)
-                })
-            })
-            .collect();
-        let mut results: Vec<_> = readers.into_iter().map(|r| r.join().unwrap()).collect();
-        stop.store(true, Ordering::Relaxed);
-        writers.into_iter().for_each(|w| w.join().unwrap());
-        let mut now = vec![0u8; (PAGES * PAGE_SIZE) as usize];
-        ram.read(0, &mut now).unwrap();
-        for (log, copy) in &mut results {
-            for page in log.take().iter() {
-                copy_page(&ram, page, copy);
-            }
-            assert!(*copy == now, "a store was lost in round {round}");
-        }
+        let race = Race { round, writers: 2, readers: 1 + round % 2, takes: 200 };
+        race.run(&ram, |w, page, n| ram.write(page * PAGE_SIZE + w * 8, &n.to_le_bytes()).unwrap());
     }
-}
-
-fn copy_page(ram: &RamBlock, page: u64, copy: &mut [u8]) {
-    let at = (page * PAGE_SIZE) as usize;
-    ram.read(page * PAGE_SIZE, &mut copy[at..at + PAGE_SIZE as usize]).unwrap();
 }
 
 /// A decoder copies bytes under protection while a writer changes them and another thread unprotects: a copy

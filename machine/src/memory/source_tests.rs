@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use proptest::prelude::*;
 
 use super::*;
+use crate::memory::race::{Race, block};
 use crate::memory::{DirtyReader, PAGE_SIZE};
 
 /// Write protection and a log, as a hypervisor's kernel has them: a store to a watched page faults, the fault logs
@@ -70,10 +71,6 @@ impl DirtySource for Hypervisor {
         drop(self.in_guest.write());
         block.mark_stored(pages);
     }
-}
-
-fn block(pages: u64) -> Arc<RamBlock> {
-    RamBlock::new_shared("source", pages * PAGE_SIZE).unwrap()
 }
 
 #[test]
@@ -163,60 +160,16 @@ proptest! {
     }
 }
 
-/// Guests and a device store as fast as they can while readers copy the pages that their takes return. After the
-/// writers stopped and one more take, every reader's copy must equal the memory.
 #[test]
 fn no_store_of_a_guest_is_lost_between_concurrent_readers() {
-    const PAGES: u64 = 3;
-    for round in 0..60u64 {
-        let ram = block(PAGES);
+    for round in 0..60 {
+        let ram = block(3);
         let guest = Hypervisor::new(&ram);
-        let stop = Arc::new(AtomicBool::new(false));
-        let writers: Vec<_> = (0..3u64)
-            .map(|w| {
-                let (ram, guest, stop) = (ram.clone(), guest.clone(), stop.clone());
-                std::thread::spawn(move || {
-                    let mut n = round + w;
-                    while !stop.load(Ordering::Relaxed) {
-                        n = n.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-                        let page = (n >> 33) % PAGES;
-                        match w {
-                            0 => ram.write(page * PAGE_SIZE, &n.to_le_bytes()).unwrap(),
-                            _ => guest.store(&ram, page, w * 8, n),
-                        }
-                    }
-                })
-            })
-            .collect();
-        let readers: Vec<_> = (0..2)
-            .map(|_| {
-                let ram = ram.clone();
-                std::thread::spawn(move || {
-                    let mut log = ram.dirty_log();
-                    let mut copy = vec![0u8; (PAGES * PAGE_SIZE) as usize];
-                    ram.read(0, &mut copy).unwrap();
-                    for _ in 0..100 {
-                        copy_pages(&ram, &mut log, &mut copy);
-                    }
-                    (log, copy)
-                })
-            })
-            .collect();
-        let mut results: Vec<_> = readers.into_iter().map(|r| r.join().unwrap()).collect();
-        stop.store(true, Ordering::Relaxed);
-        writers.into_iter().for_each(|w| w.join().unwrap());
-        let mut now = vec![0u8; (PAGES * PAGE_SIZE) as usize];
-        ram.read(0, &mut now).unwrap();
-        for (log, copy) in &mut results {
-            copy_pages(&ram, log, copy);
-            assert!(*copy == now, "a store was lost in round {round}");
-        }
-    }
-}
-
-fn copy_pages(ram: &RamBlock, log: &mut DirtyReader, copy: &mut [u8]) {
-    for page in log.take().iter() {
-        let at = (page * PAGE_SIZE) as usize;
-        ram.read(page * PAGE_SIZE, &mut copy[at..at + PAGE_SIZE as usize]).unwrap();
+        // The first writer is a device, the others are guests.
+        let race = Race { round, writers: 3, readers: 2, takes: 100 };
+        race.run(&ram, |w, page, n| match w {
+            0 => ram.write(page * PAGE_SIZE, &n.to_le_bytes()).unwrap(),
+            _ => guest.store(&ram, page, w * 8, n),
+        });
     }
 }
