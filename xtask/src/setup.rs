@@ -27,7 +27,7 @@ const fn wish(program: &'static str, package: &'static str) -> Need {
     Need { program, package, optional: true }
 }
 
-const NEEDS: [Need; 22] = [
+const NEEDS: [Need; 23] = [
     need("gcc", "gcc"),
     need("g++", "g++"),
     need("iasl", "acpica-tools"),
@@ -43,6 +43,7 @@ const NEEDS: [Need; 22] = [
     wish("newuidmap", "uidmap"),
     wish("iperf3", "iperf3"),
     wish("passt", "passt"),
+    wish("ssh", "openssh-client"),
     // What `lab --intel` boots with.
     wish("/usr/lib/x86_64-linux-gnu/bochs/plugins/libbx_term_gui.so", "bochs-term"),
     wish("bochs", "bochs"),

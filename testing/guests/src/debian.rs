@@ -17,12 +17,14 @@ use crate::{Error, Progress, Result, apt};
 const IMAGE_SIZE: &str = "2G";
 
 /// Part of the cache key: raise it when the contents below change.
-const REVISION: u32 = 2;
+const REVISION: u32 = 3;
 
 /// Packages beyond the essential ones.
-const PACKAGES: &str = "systemd-sysv,udev,dbus,kmod,procps,util-linux,login,passwd";
+const PACKAGES: &str =
+    "systemd-sysv,udev,dbus,kmod,procps,util-linux,login,passwd,iproute2,openssh-server";
 
-/// Finishing touches, run in the new root: an empty root password, a name, the file-system table. The login
+/// Finishing touches, run in the new root: an empty root password, a name, the file-system table, addresses for every
+/// network interface by DHCP and router advertisement, the DNS server of user-mode NAT, an SSH server. The login
 /// prompts on `ttyS0` and `hvc0` come from systemd's own getty generator.
 const CUSTOMIZE: &str = r#"set -e
 chroot "$1" passwd -d root
@@ -31,6 +33,11 @@ echo '127.0.0.1 localhost atoll-debian' >"$1/etc/hosts"
 echo '/dev/vda / ext4 errors=remount-ro 0 1' >"$1/etc/fstab"
 printf 'ttyS0\nhvc0\n' >>"$1/etc/securetty"
 : >"$1/etc/machine-id"
+printf '[Match]\nName=en* eth*\n[Network]\nDHCP=yes\n' >"$1/etc/systemd/network/80-dhcp.network"
+rm -f "$1/etc/resolv.conf"
+echo 'nameserver 10.0.2.3' >"$1/etc/resolv.conf"
+chroot "$1" systemctl enable systemd-networkd ssh
+chroot "$1" systemctl mask systemd-networkd-wait-online
 "#;
 
 /// Unpacks a tar archive from standard input and writes the image named by `$1`, `$2` long. Device nodes stay

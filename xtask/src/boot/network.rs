@@ -13,10 +13,10 @@ use atoll_guests::cpio::Archive;
 use atoll_scenarios::servers::{self, Content, Server};
 
 use super::machine::{Machine, Spec, Vmm};
-use super::scenarios::{PROMPT, SHORT, ask, atoll_only};
+use super::scenarios::{PROMPT, SHORT, ask, atoll_only, debian_spec, log_in};
 use super::{Lane, Scenario};
 use crate::guests;
-use crate::process::has;
+use crate::process::{has, output_within};
 
 /// The scenarios of every run.
 pub(super) fn short() -> Vec<Scenario> {
@@ -29,7 +29,10 @@ pub(super) fn short() -> Vec<Scenario> {
 
 /// The scenarios of the long lane.
 pub(super) fn long() -> Vec<Scenario> {
-    vec![atoll_only("network: throughput beside the reference", throughput)]
+    vec![
+        atoll_only("network: Debian 12 with apt-get and ssh", debian),
+        atoll_only("network: throughput beside the reference", throughput),
+    ]
 }
 
 /// What servers give, long enough for many segments, and never the same by chance.
@@ -236,6 +239,94 @@ fn resident_kib(pid: u32) -> Option<u64> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"))?;
     line.split_whitespace().next()?.parse().ok()
+}
+
+/// `apt-get` through a proxy on the host, and `ssh` through a forward, in a whole Debian.
+fn debian(lane: &Lane) -> Result<()> {
+    const PATIENCE: Duration = Duration::from_secs(1800);
+    for program in ["dpkg-deb", "ssh", "ssh-keygen"] {
+        if !has(program) {
+            println!("  skipped: install {program}");
+            return Ok(());
+        }
+    }
+    let directory = tempfile::tempdir().context("no directory")?;
+    let proxy = servers::http("127.0.0.1:0", Content::Folder(mirror(directory.path())?))?;
+    let (key, public) = ssh_key(directory.path())?;
+    let forward = free_port()?;
+    let net = format!("user,host-loopback,forward=tcp:{forward}:22");
+    let spec = debian_spec(lane, directory.path())?;
+    let spec = Spec { extra: vec!["--net".to_owned(), net], ..spec };
+    let mut machine = lane.start(&spec, "network-debian")?;
+    log_in(&mut machine, PATIENCE)?;
+
+    let address = wait_for(&mut machine, "ip -4 -br addr show scope global", |a| a.contains("10.0.2.15/24"))?;
+    let six = wait_for(&mut machine, "ip -6 -br addr show scope global", |a| a.contains("fd61:746f:6c6c:"))?;
+    println!("  {address}; {six}");
+    // The mirror's name exists nowhere: only the proxy is asked.
+    let list = "deb [trusted=yes] http://mirror.invalid/debian ./";
+    let proxy = format!("-o Acquire::http::Proxy=http://10.0.2.2:{}", proxy.port());
+    machine.type_line(&format!(
+        "rm -f /etc/apt/sources.list.d/*; echo '{list}' >/etc/apt/sources.list; apt-get {proxy} -q update && \
+         apt-get {proxy} -qy install atoll-probe; echo \"apt-\"done"
+    ))?;
+    machine.expect("apt-done", PATIENCE)?;
+    expect_answer(&mut machine, "cat /usr/share/atoll-probe", "came through the proxy")?;
+
+    expect_answer(
+        &mut machine,
+        &format!("mkdir -p ~/.ssh; echo '{public}' >~/.ssh/authorized_keys; echo ok"),
+        "ok",
+    )?;
+    let mut ssh = Command::new("ssh");
+    ssh.arg("-i").arg(&key).args(["-p", &forward.to_string(), "-o", "ConnectTimeout=300"]);
+    ssh.args(["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "BatchMode=yes"]);
+    ssh.args(["root@127.0.0.1", "cat /etc/hostname; head -c 1000000 /dev/zero | wc -c"]);
+    let output = output_within(ssh, PATIENCE)?;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    ensure!(
+        said == "atoll-debian\n1000000\n",
+        "ssh said {said:?} {:?}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    machine.type_line("systemctl poweroff")?;
+    let status = machine.wait(PATIENCE)?;
+    ensure!(status.code() == Some(0), "power-off ended with {status}, expected exit code 0");
+    Ok(())
+}
+
+/// A folder with one package and its index, as a mirror has them.
+fn mirror(directory: &Path) -> Result<PathBuf> {
+    let (root, tree) = (directory.join("mirror/debian"), directory.join("probe"));
+    for folder in [root.clone(), tree.join("DEBIAN"), tree.join("usr/share")] {
+        std::fs::create_dir_all(folder).context("cannot make the mirror")?;
+    }
+    let control = "Package: atoll-probe\nVersion: 1\nArchitecture: all\nMaintainer: nobody <nobody@example.org>\n\
+                   Description: shows that it came\n";
+    std::fs::write(tree.join("DEBIAN/control"), control).context("cannot write")?;
+    std::fs::write(tree.join("usr/share/atoll-probe"), "came through the proxy\n").context("cannot write")?;
+    let package = root.join("atoll-probe_1_all.deb");
+    let mut build = Command::new("dpkg-deb");
+    build.args(["--root-owner-group", "-Zgzip", "--build"]).arg(&tree).arg(&package);
+    ensure!(output_within(build, SHORT)?.status.success(), "dpkg-deb failed");
+    let mut sum = Command::new("sha256sum");
+    sum.arg(&package);
+    let sum = String::from_utf8_lossy(&output_within(sum, SHORT)?.stdout).into_owned();
+    let sum = sum.split_whitespace().next().unwrap_or_default().to_owned();
+    let size = std::fs::metadata(&package).context("no package")?.len();
+    let index = format!("{control}Filename: ./atoll-probe_1_all.deb\nSize: {size}\nSHA256: {sum}\n");
+    std::fs::write(root.join("Packages"), index).context("cannot write")?;
+    Ok(directory.join("mirror"))
+}
+
+/// A key of this run's own, and its public half.
+fn ssh_key(directory: &Path) -> Result<(PathBuf, String)> {
+    let path = directory.join("key");
+    let mut generate = Command::new("ssh-keygen");
+    generate.args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(&path);
+    ensure!(output_within(generate, SHORT)?.status.success(), "ssh-keygen failed");
+    let public = std::fs::read_to_string(directory.join("key.pub")).context("no public key")?;
+    Ok((path, public.trim().to_owned()))
 }
 
 /// A program on the host that ends with its value.

@@ -96,7 +96,7 @@ impl Lane {
         }
     }
 
-    fn start(&self, spec: &Spec, log: &str) -> Result<Machine> {
+    pub(super) fn start(&self, spec: &Spec, log: &str) -> Result<Machine> {
         Machine::start(self.vmm.command(spec), &self.logs.join(format!("{log}.log")))
     }
 
@@ -270,31 +270,41 @@ fn copy_of_debian(cache: &Cache, directory: &Path) -> Result<PathBuf> {
     Ok(disk)
 }
 
-fn debian_login(lane: &Lane) -> Result<()> {
+/// A Debian of its own, whose files are in `directory`.
+pub(super) fn debian_spec(lane: &Lane, directory: &Path) -> Result<Spec> {
     let cache = Cache::open()?;
     let files = kernel::fetch(&cache, GuestKernel::Cloud61, &mut Lines)?;
     let busybox = kernel::busybox(&cache, &mut Lines)?;
-    let directory = tempfile::tempdir().context("cannot create a directory")?;
-    let initrd = directory.path().join("initrd.cpio");
+    let initrd = directory.join("initrd.cpio");
     let disk = match &lane.debian_disk {
         Some(disk) => disk.clone(),
-        None => copy_of_debian(&cache, directory.path())?,
+        None => copy_of_debian(&cache, directory)?,
     };
     std::fs::write(&initrd, initramfs::root_on_disk(&files, &busybox)?).context("cannot write the initrd")?;
-    let spec = Spec {
+    Ok(Spec {
         kernel: files.vmlinuz,
         initrd,
         append: "console=ttyS0 root=/dev/vda rw systemd.default_timeout_start_sec=900".to_owned(),
         memory_mib: 2048,
         disk: Some(disk),
         ..lane.spec(1)
-    };
-    let mut machine = lane.start(&spec, "debian")?;
-    let patience = Duration::from_secs(1800);
+    })
+}
+
+/// Waits for the login prompt, which root passes without a password.
+pub(super) fn log_in(machine: &mut Machine, patience: Duration) -> Result<()> {
     let wall = machine.expect(" login: ", patience)?;
     println!("  login prompt after {:.1} s", wall.as_secs_f64());
     machine.type_line("root")?;
     machine.expect("~#", patience)?;
+    Ok(())
+}
+
+fn debian_login(lane: &Lane) -> Result<()> {
+    let directory = tempfile::tempdir().context("cannot create a directory")?;
+    let mut machine = lane.start(&debian_spec(lane, directory.path())?, "debian")?;
+    let patience = Duration::from_secs(1800);
+    log_in(&mut machine, patience)?;
     // Whatever is still starting is waited for, then counted.
     machine.type_line(
         "systemctl is-system-running --wait; echo \"fai\"led-units=$(systemctl --failed --no-legend | wc -l)",
