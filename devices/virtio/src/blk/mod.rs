@@ -17,17 +17,19 @@
 //! A driver that does not accept VIRTIO_BLK_F_FLUSH gets a disk that writes through (5.2.6.2): each write is
 //! flushed before it is reported. A machine that records its inputs carries out everything inside the run.
 //!
-//! Carrying out at once what needs no waiting is worth a case of its own: for requests that the page cache answers, the
-//! time of one (driver's side included; the measurement is in `flight_tests`, here on a busy host of two processors):
+//! Carrying out at once what needs no waiting is worth a case of its own. For requests that the page cache answers, the
+//! time of one in microseconds (driver's side included; the measurement is in `flight_tests`), as the range of two
+//! runs on a host of two processors with other work, where single figures mean little and the order does:
 //!
 //! | request | at once | io_uring | threads |
 //! |---|---|---|---|
-//! | read 4 KiB, depth 1 | 3.7 us | 10.8 us | 21.8 us |
-//! | read 4 KiB, depth 32 | 2 to 4 us | 15.4 us | 27.6 us |
-//! | write 4 KiB, depth 1 | 9 to 12 us | 36.8 us | 48.4 us |
-//! | read 64 KiB, depth 32 | 2.7 us | 32.1 us | 16.6 us |
+//! | read 4 KiB, depth 1 | 4 to 26 | 11 to 31 | 22 to 28 |
+//! | read 4 KiB, depth 32 | 2 to 5 | 15 to 32 | 28 to 38 |
+//! | write 4 KiB, depth 1 | 9 to 14 | 37 to 88 | 44 to 48 |
+//! | read 64 KiB, depth 32 | 3 to 18 | 32 to 41 | 17 to 32 |
 //!
-//! Longer transfers are no faster at once than elsewhere, and would keep a vCPU from its guest: see [`INLINE_BYTES`].
+//! Of transfers of 1 MiB neither way was reliably faster, and at once they would keep a vCPU from its guest: see
+//! [`INLINE_BYTES`].
 //!
 //! Lock order: a queue's lock (the transport's), then one of this device's, which are leaves.
 
