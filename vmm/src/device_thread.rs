@@ -24,8 +24,11 @@ impl DeviceThread {
         let handle = event_loop.handle();
         let timerfd = Arc::new(TimerFd::new().map_err(VmError::host("cannot make a host timer"))?);
         let expire = {
-            let (timers, timerfd) = (timers.clone(), timerfd.clone());
+            // The timers own the function that wakes this thread, which owns this: a strong reference would keep all
+            // of it, descriptors too, for ever.
+            let (timers, timerfd) = (Arc::downgrade(timers), timerfd.clone());
             move || {
+                let Some(timers) = timers.upgrade() else { return };
                 let next = timers.expire();
                 let delay = next.and_then(|at| timers.clock().host_delay(at));
                 // Zero would disarm the host's timer.
