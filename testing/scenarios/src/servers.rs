@@ -1,7 +1,7 @@
 //! Small servers on the host that guests talk to. Each runs on threads of its own until the test program ends.
 
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -142,6 +142,47 @@ pub fn echo(address: &str) -> Result<Server> {
     Ok(server)
 }
 
+/// A DNS server at `address` that knows one name and its IPv4 address, and says of every other one that there is none
+/// (RFC 1035, section 4).
+///
+/// # Errors
+/// If the address cannot be had: port 53 takes root.
+pub fn dns(address: &str, name: &str, ip: Ipv4Addr) -> Result<()> {
+    let socket = UdpSocket::bind(address).with_context(|| format!("cannot listen on {address}"))?;
+    // Labels with their lengths, as in a question.
+    let wire: Vec<u8> = name
+        .split('.')
+        .flat_map(|label| std::iter::once(label.len() as u8).chain(label.bytes()))
+        .chain(std::iter::once(0))
+        .collect();
+    std::thread::spawn(move || {
+        let mut query = [0; 512];
+        while let Ok((len, from)) = socket.recv_from(&mut query) {
+            if let Some(answer) = dns_answer(query.get(..len).unwrap_or_default(), &wire, ip) {
+                let _ = socket.send_to(&answer, from);
+            }
+        }
+    });
+    Ok(())
+}
+
+fn dns_answer(query: &[u8], name: &[u8], ip: Ipv4Addr) -> Option<Vec<u8>> {
+    let end = 12 + query.get(12..)?.iter().position(|byte| *byte == 0)? + 1;
+    let (asked, kind) = (query.get(12..end)?, query.get(end..end + 2)?);
+    let known = asked.eq_ignore_ascii_case(name);
+    let has = known && kind == [0, 1];
+    let mut answer = query.get(..2)?.to_vec();
+    // A response, recursion available; no error or no such name; one question, no or one answer.
+    answer.extend([0x81, if known { 0x80 } else { 0x83 }, 0, 1, 0, u8::from(has), 0, 0, 0, 0]);
+    answer.extend(query.get(12..end + 4)?);
+    if has {
+        // The name of the question, type A, class IN, 60 seconds, four bytes.
+        answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4]);
+        answer.extend(ip.octets());
+    }
+    Some(answer)
+}
+
 /// As many descriptors as the host lets this process have.
 fn raise_descriptor_limit() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -181,6 +222,18 @@ mod tests {
         assert_eq!(get(server.address(), "http://host/file", SOON).unwrap(), b"text");
         assert_eq!(get(server.address(), "/../etc/passwd", SOON).unwrap(), b"");
         assert_eq!(server.connections(), 3);
+    }
+
+    #[test]
+    fn the_name_server_knows_one_name() {
+        let mut query = vec![7, 9, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0];
+        query.extend(b"\x01a\x04test\x00\x00\x01\x00\x01");
+        let answer = dns_answer(&query, b"\x01a\x04test\x00", Ipv4Addr::new(10, 0, 2, 2)).unwrap();
+        assert_eq!((&answer[..2], answer[3], answer[7]), (&[7, 9][..], 0x80, 1));
+        assert!(answer.ends_with(&[10, 0, 2, 2]));
+        let none = dns_answer(&query, b"\x01b\x04test\x00", Ipv4Addr::LOCALHOST).unwrap();
+        assert_eq!((none[3], none[7]), (0x83, 0));
+        assert_eq!(dns_answer(&[0; 9], b"\x00", Ipv4Addr::LOCALHOST), None);
     }
 
     #[test]
