@@ -1,4 +1,5 @@
-//! `cargo xtask bench`: the same program natively, on Atoll and on QEMU's emulator, in turn.
+//! `cargo xtask bench`: the same program natively, on Atoll and on QEMU's emulator, in turn; `bench disk` is in
+//! [`disk`].
 //!
 //! The guest is the distribution's kernel with `testing/bench/guest_bench.c` as its only program. Each round
 //! runs native, Atoll, QEMU, so that a slow minute of the host hits all of them; for each figure the best round
@@ -8,6 +9,8 @@
 //! Memory: `/proc/PID/status` is sampled while the guest runs. Guest RAM is shared memory on both sides (a memfd
 //! in Atoll, `memory-backend-memfd` in QEMU), so what the process needs beyond it is its anonymous and file
 //! pages plus its page tables, at their common peak.
+
+mod disk;
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
@@ -25,7 +28,10 @@ use crate::guests;
 use crate::process::{cargo, has, output_within, run as run_command, show, target};
 
 #[derive(Debug, clap::Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub(crate) struct Arguments {
+    #[command(subcommand)]
+    what: Option<What>,
     /// Rounds; the best of each figure counts
     #[arg(long, default_value_t = 3)]
     rounds: u32,
@@ -44,6 +50,13 @@ pub(crate) struct Arguments {
     /// Seconds after which a run is given up
     #[arg(long, default_value_t = 1800)]
     patience: u64,
+}
+
+/// What else there is to measure.
+#[derive(Debug, clap::Subcommand)]
+enum What {
+    /// Disks: fio in the guest, on raw and qcow2 images
+    Disk(disk::Arguments),
 }
 
 /// What one run of one contender gave. Times in seconds, memory in KiB, kernels in ns per operation.
@@ -82,6 +95,14 @@ type Contender = (&'static str, Box<dyn Fn() -> Command>);
 /// # Errors
 /// If a contender cannot be built or started, or does not finish.
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+    match &arguments.what {
+        Some(What::Disk(arguments)) => disk::run(arguments),
+        None => programs(arguments),
+    }
+}
+
+/// Natively, on Atoll and on QEMU's emulator.
+fn programs(arguments: &Arguments) -> Result<()> {
     let wanted = |name: &str| arguments.only.as_ref().is_none_or(|only| only == name);
     let kernel = match &arguments.kernel {
         Some(path) => path.clone(),

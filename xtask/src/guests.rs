@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result};
+use atoll_guests::cpio::Archive;
 use atoll_guests::{Cache, GuestKernel, KernelFiles, Progress, debian, initramfs, kernel, quick_start};
 
 use crate::process::{root, run as run_command, target};
@@ -97,7 +98,66 @@ pub(crate) fn bench_initrd() -> Result<PathBuf> {
     Ok(path)
 }
 
+/// A program of the host with its shared libraries, for a guest.
+pub(crate) struct HostProgram {
+    /// Program and libraries, each where the host has it.
+    pub(crate) archive: Archive,
+    libraries: Vec<PathBuf>,
+}
+
+impl HostProgram {
+    /// Whether it needs the library `name`, such as `libaio`, in any version.
+    pub(crate) fn contains(&self, name: &str) -> bool {
+        let is_it = |file: &str| file.strip_prefix(name).is_some_and(|rest| rest.starts_with(".so"));
+        self.libraries.iter().any(|path| path.file_name().and_then(|n| n.to_str()).is_some_and(is_it))
+    }
+}
+
+/// Packs the program `name` of the host. Its `PATH` in the guest is where it is on the host.
+///
+/// # Errors
+/// If it is not there, a file cannot be read, or `ldd` is missing.
+pub(crate) fn host_program(name: &str) -> Result<HostProgram> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let program = std::env::split_paths(&path).map(|directory| directory.join(name)).find(|p| p.is_file());
+    let program = program.with_context(|| format!("{name} is not in PATH"))?;
+    let output = Command::new("ldd").arg(&program).output().context("cannot start `ldd`")?;
+    let libraries = absolute_words(&String::from_utf8_lossy(&output.stdout));
+    let mut archive = Archive::new();
+    for file in std::iter::once(&program).chain(&libraries) {
+        let bytes = std::fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
+        archive.file(file.to_string_lossy().trim_start_matches('/'), 0o755, &bytes);
+    }
+    Ok(HostProgram { archive, libraries })
+}
+
+/// The paths in what `ldd` prints: libraries and the loader.
+pub(crate) fn absolute_words(text: &str) -> Vec<PathBuf> {
+    text.split_whitespace().filter(|w| w.starts_with('/')).map(PathBuf::from).collect()
+}
+
 fn is_newer(product: &Path, source: &Path) -> bool {
     let time = |path: &Path| std::fs::metadata(path).and_then(|m| m.modified()).ok();
     matches!((time(product), time(source)), (Some(p), Some(s)) if p >= s)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_of_the_host_comes_with_its_libraries() {
+        let packed = host_program("ldd").unwrap();
+        assert!(packed.libraries.is_empty() && !packed.contains("libc"), "it is a script");
+        let packed = host_program("sh").unwrap();
+        assert!(packed.contains("libc") && !packed.contains("lib"), "{:?}", packed.libraries);
+        assert!(packed.archive.finish().windows(9).any(|w| w == b"libc.so.6"));
+        assert!(host_program("no-such-program").is_err());
+    }
+
+    #[test]
+    fn libraries_and_the_loader_are_found() {
+        let text = "\tlinux-vdso.so.1 (0x7f)\n\tlibc.so.6 => /lib/libc.so.6 (0x7f)\n\t/lib64/ld.so (0x7f)\n";
+        assert_eq!(absolute_words(text), [Path::new("/lib/libc.so.6"), Path::new("/lib64/ld.so")]);
+    }
 }

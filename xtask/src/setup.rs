@@ -27,7 +27,7 @@ const fn wish(program: &'static str, package: &'static str) -> Need {
     Need { program, package, optional: true }
 }
 
-const NEEDS: [Need; 23] = [
+const NEEDS: [Need; 24] = [
     need("gcc", "gcc"),
     need("g++", "g++"),
     need("iasl", "acpica-tools"),
@@ -42,6 +42,7 @@ const NEEDS: [Need; 23] = [
     wish("mmdebstrap", "mmdebstrap"),
     wish("newuidmap", "uidmap"),
     wish("iperf3", "iperf3"),
+    wish("fio", "fio"),
     wish("passt", "passt"),
     wish("ssh", "openssh-client"),
     // What `lab --intel` boots with.
