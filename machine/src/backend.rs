@@ -49,10 +49,19 @@ pub enum HaltReason {
     BudgetSpent,
 }
 
-/// A vCPU that cannot go on; a bug of the backend or a broken host, never something a guest may cause.
+/// A vCPU that cannot go on.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
-    /// The engine's own words.
+    /// The guest did what the engine below cannot carry out: KVM knows few instructions that touch devices, and no
+    /// event that is delivered through device memory. A guest may cause it, so it is the guest's crash.
+    #[error("vCPU {vcpu} did what this host's engine cannot carry out: {why}")]
+    BeyondEngine {
+        /// Index of the vCPU.
+        vcpu: u32,
+        /// What happened.
+        why: String,
+    },
+    /// A bug of the backend or a broken host, never something a guest may cause; in the engine's own words.
     #[error("vCPU {vcpu} cannot continue: {why}")]
     Internal {
         /// Index of the vCPU.

@@ -21,6 +21,11 @@ pub enum MachineRequest {
         /// The value written.
         value: u32,
     },
+    /// A vCPU did what its backend cannot carry out; as much the guest's doing as a triple fault.
+    BeyondEngine {
+        /// Index of the vCPU.
+        vcpu: u32,
+    },
     /// A vCPU met a condition that its backend cannot continue from.
     InternalError {
         /// Index of the vCPU.

@@ -528,6 +528,9 @@ impl Driver {
             MachineRequest::Reset => Decision::Reset,
             MachineRequest::GuestPanic => self.crashed("the guest reported a panic".to_owned()),
             MachineRequest::TripleFault { vcpu } => self.crashed(format!("triple fault on CPU {vcpu}")),
+            MachineRequest::BeyondEngine { vcpu } => {
+                self.crashed(format!("CPU {vcpu} did what the host's KVM cannot carry out; see the log"))
+            }
             MachineRequest::DebugExit { value } => Decision::End(RunEnd::DebugExit(value)),
             MachineRequest::InternalError { vcpu } => {
                 Decision::End(RunEnd::Failed(format!("CPU {vcpu} cannot continue; see the log")))

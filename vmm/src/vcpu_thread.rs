@@ -154,6 +154,11 @@ impl<V: Vcpu> Runner<V> {
                 tracing::debug!("vCPU {} after its triple fault: {:x?}", self.index, self.vcpu.state());
                 MachineRequest::TripleFault { vcpu: self.index }
             }
+            Err(RunError::BeyondEngine { vcpu, why }) => {
+                // With resets after crashes a guest can do this as often as it likes.
+                atoll_foundation::log_limited!(error, "vCPU {vcpu} did what the host's KVM cannot carry out: {why}");
+                MachineRequest::BeyondEngine { vcpu }
+            }
             Err(RunError::Internal { vcpu, why }) => {
                 tracing::error!("vCPU {vcpu} cannot continue: {why}");
                 MachineRequest::InternalError { vcpu }

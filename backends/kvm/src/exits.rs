@@ -10,7 +10,7 @@
 //! | `SHUTDOWN` | [`HaltReason::TripleFault`] from now on | `lifecycle::triple_fault_is_reported` |
 //! | `INTR`, errors EINTR and EAGAIN | next turn | `lifecycle::kick_stops_a_tight_loop`, `lifecycle::kick_stops_a_wait_for_sipi` |
 //! | `DIRTY_RING_FULL` | the rings are emptied | `memory::kvm_tests::a_full_ring_is_emptied_and_no_page_of_it_is_lost` |
-//! | `INTERNAL_ERROR` | [`RunError`] with the suberror and the instruction | `an_instruction_that_cannot_be_emulated_ends_the_run_with_its_bytes` in `tests/exits.rs` |
+//! | `INTERNAL_ERROR` | [`RunError`] with the suberror and the instruction; the guest's crash where a guest can cause it | `an_instruction_that_cannot_be_emulated_ends_the_run_with_its_bytes` in `tests/exits.rs` |
 //! | `FAIL_ENTRY` | [`RunError`] with the hardware's reason | `failures_are_told_with_their_instruction` (the text); impossible states are refused when set |
 //! | `UNKNOWN` | [`RunError`] with the hardware's reason | `failures_are_told_with_their_instruction` (the text); a processor newer than the kernel |
 //! | `MEMORY_FAULT`, error EFAULT | [`RunError`]: the host has no memory for the page | `failures_are_told_with_their_instruction` (the text); needs a host out of memory |
@@ -99,6 +99,8 @@ pub(crate) enum After {
     Complete,
     /// The vCPU has shut down.
     Shutdown,
+    /// The vCPU cannot go on, by the guest's doing.
+    BeyondKvm(String),
     /// The vCPU cannot go on.
     Fatal(String),
 }
@@ -141,6 +143,7 @@ pub(crate) fn handle<I: CpuIo>(
             After::Continue
         }
         Exit::Shutdown => After::Shutdown,
+        Exit::Internal(failure) if failure.is_the_guests() => After::BeyondKvm(failure.describe()),
         other => After::Fatal(describe(&other)),
     }
 }
@@ -192,6 +195,15 @@ pub(crate) fn describe(exit: &Exit) -> String {
 }
 
 impl Failure {
+    /// Whether a guest can bring it about: by instructions that KVM does not emulate, or tables and stacks where there
+    /// is no memory.
+    fn is_the_guests(&self) -> bool {
+        matches!(
+            self.suberror,
+            KVM_INTERNAL_ERROR_EMULATION | KVM_INTERNAL_ERROR_SIMUL_EX | KVM_INTERNAL_ERROR_DELIVERY_EV
+        )
+    }
+
     fn describe(&self) -> String {
         let what = match self.suberror {
             KVM_INTERNAL_ERROR_EMULATION => "KVM could not emulate an instruction",

@@ -178,18 +178,24 @@ impl KvmVcpu {
                 Ok(Turn::Exited)
             }
             After::Shutdown => Ok(Turn::Shutdown),
+            After::BeyondKvm(why) => Err(RunError::BeyondEngine { vcpu: self.index, why: self.with_place(why) }),
             After::Fatal(why) => Err(self.fatal(why)),
         }
     }
 
     /// The error of a vCPU that KVM cannot go on with.
     fn fatal(&mut self, why: String) -> RunError {
-        let at = match self.fd.get_regs() {
-            Ok(regs) => format!(", at rip {:#x}", regs.rip),
-            Err(_) => String::new(),
-        };
-        log_limited!(error, "vCPU {}: {why}{at}", self.index);
-        self.error(format!("{why}{at}"))
+        let why = self.with_place(why);
+        log_limited!(error, "vCPU {}: {why}", self.index);
+        self.error(why)
+    }
+
+    /// `why`, and where the guest was.
+    fn with_place(&self, why: String) -> String {
+        match self.fd.get_regs() {
+            Ok(regs) => format!("{why}, at rip {:#x}", regs.rip),
+            Err(_) => why,
+        }
     }
 
     /// Makes the page say of this state whether a legacy interrupt could be delivered: KVM does not do that when a

@@ -6,7 +6,7 @@ use std::cell::RefCell;
 use atoll_backend_conformance::fixture::{DEVICE, Machine};
 use atoll_backend_conformance::payload::{Built, Payload, count_of, fault_of};
 use atoll_kvm::{KvmBackend, KvmPartition};
-use atoll_machine::backend::{CpuIo, HaltReason, StopFlag, Vcpu};
+use atoll_machine::backend::{CpuIo, HaltReason, RunError, StopFlag, Vcpu};
 use atoll_machine::cpu::state::gpr;
 use iced_x86::code_asm::*;
 
@@ -92,7 +92,9 @@ fn an_instruction_that_cannot_be_emulated_ends_the_run_with_its_bytes() {
         a.exit()?;
         Ok(vec![at])
     });
-    let error = guest.vcpu.run(&StopFlag::new(), &Nothing::default()).unwrap_err().to_string();
+    let error = guest.vcpu.run(&StopFlag::new(), &Nothing::default()).unwrap_err();
+    assert!(matches!(error, RunError::BeyondEngine { vcpu: 0, .. }), "the guest's doing, not the host's: {error}");
+    let error = error.to_string();
     let rip = format!("rip {:#x}", guest.labels[0]);
     assert!(error.contains("could not emulate an instruction") && error.contains(&rip), "{error}");
     assert!(error.contains("df 33") || error.contains("data ["), "{error}");
