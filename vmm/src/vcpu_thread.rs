@@ -156,7 +156,10 @@ impl<V: Vcpu> Runner<V> {
             }
             Err(RunError::BeyondEngine { vcpu, why }) => {
                 // With resets after crashes a guest can do this as often as it likes.
-                atoll_foundation::log_limited!(error, "vCPU {vcpu} did what the host's KVM cannot carry out: {why}");
+                atoll_foundation::log_limited!(
+                    error,
+                    "vCPU {vcpu} did what the host's KVM cannot carry out: {why}"
+                );
                 MachineRequest::BeyondEngine { vcpu }
             }
             Err(RunError::Internal { vcpu, why }) => {

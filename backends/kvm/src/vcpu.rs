@@ -178,7 +178,9 @@ impl KvmVcpu {
                 Ok(Turn::Exited)
             }
             After::Shutdown => Ok(Turn::Shutdown),
-            After::BeyondKvm(why) => Err(RunError::BeyondEngine { vcpu: self.index, why: self.with_place(why) }),
+            After::BeyondKvm(why) => {
+                Err(RunError::BeyondEngine { vcpu: self.index, why: self.with_place(why) })
+            }
             After::Fatal(why) => Err(self.fatal(why)),
         }
     }
