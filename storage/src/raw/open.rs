@@ -6,6 +6,7 @@ use std::fs::{File, Metadata};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use atoll_foundation::file_lock::{self, LockError, LockKind};
 use rustix::fs::{OFlags, SeekFrom};
@@ -79,11 +80,29 @@ pub(crate) fn open_and_lock(path: &Path, options: OpenOptions) -> Result<(File, 
     let metadata = file.metadata().map_err(|e| open_error(path, options, e))?;
     check_type(path, &metadata)?;
     let kind = if options.read_only { LockKind::Shared } else { LockKind::Exclusive };
-    file_lock::try_lock(&file, kind).map_err(|error| match error {
+    lock(&file, kind).map_err(|error| match error {
         LockError::WouldBlock { .. } => OpenError::InUse { path: path.to_owned(), reason: error.to_string() },
         LockError::Failed(_) => OpenError::CannotLock { path: path.to_owned(), reason: error.to_string() },
     })?;
     Ok((file, metadata))
+}
+
+/// How long a process that was killed may go on holding a lock: the kernel takes an io_uring apart after the end of
+/// the process, and with it the files that were registered there.
+const AFTERLIFE: Duration = Duration::from_secs(1);
+
+/// Locks `file`. A lock that no process shows may be a dead one's and is waited for; one whose holder can be seen is
+/// refused at once.
+fn lock(file: &File, kind: LockKind) -> Result<(), LockError> {
+    let deadline = Instant::now() + AFTERLIFE;
+    loop {
+        match file_lock::try_lock(file, kind) {
+            Err(LockError::WouldBlock { holders }) if holders.is_empty() && Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            result => return result,
+        }
+    }
 }
 
 /// Opens an image of any format to look at it, without a lock.
