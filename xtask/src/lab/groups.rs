@@ -105,7 +105,7 @@ fn guests(stock: &Stock) -> Result<Boot> {
 
 /// The kernels for physical machines and those with real-time preemption.
 fn kernels(stock: &Stock) -> Result<Boot> {
-    let lines = [scenarios(stock, 3000, &["generic", "-rt"])];
+    let lines = [scenarios(stock, 3000, &["generic", "kernel 6.1-rt", "kernel 6.12-rt"])];
     Ok(Boot {
         at_least: 8,
         ..boot(stock, 3100, stock.guests(&[Generic61, Rt61, Generic612, Rt612])?, &lines)
