@@ -13,6 +13,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use atoll_foundation::jail::{self, JailOptions, Layer, Network, Process};
+use rustix::io::Errno;
 use rustix::process::{Pid, Signal};
 
 fn main() {
@@ -176,6 +177,7 @@ fn inside(secret: &str, abstract_name: &str, port: &str) {
 
     files(secret);
     sockets(secret, abstract_name);
+    arguments();
     processes(parent);
 
     let mut text = [0; 5];
@@ -222,6 +224,31 @@ fn sockets(secret: &str, abstract_name: &str) {
         let socket = rustix::net::socket(family, rustix::net::SocketType::RAW, None);
         refused(what, socket.map_err(io::Error::from));
     }
+}
+
+/// Calls that are listed, with arguments that are not. EPERM tells the list's refusal from the kernel's own.
+fn arguments() {
+    use rustix::net::{AddressFamily, SocketType, ipproto, sockopt};
+    let listed = |result: Result<(), Errno>| match result {
+        Err(Errno::PERM) => Err(io::Error::from(Errno::PERM)),
+        _ => Ok(()),
+    };
+    let make = |kind, protocol| rustix::net::socket(AddressFamily::INET, kind, protocol).map(drop);
+    // SOCK_PACKET (10): of the internet family, and yet a socket of packets.
+    for kind in [SocketType::RAW, SocketType::SEQPACKET, SocketType::RDM, SocketType::from_raw(10)] {
+        refused(&format!("a socket of {kind:?}"), listed(make(kind, None)));
+    }
+    refused("raw ICMP", listed(make(SocketType::RAW, Some(ipproto::ICMP))));
+    refused("TCP over datagrams", listed(make(SocketType::DGRAM, Some(ipproto::TCP))));
+    let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
+    refused("sending to everybody", listed(sockopt::set_socket_broadcast(&udp, true)));
+    refused("a group", udp.join_multicast_v4(&"224.0.0.251".parse().unwrap(), &"127.0.0.1".parse().unwrap()));
+    refused("a filter of the kernel's", listed(sockopt::set_tcp_congestion(&udp, "reno")));
+    // Standard error's file is also the parent's, and its terminal's.
+    let stderr = io::stderr();
+    let flags = rustix::fs::fcntl_getfl(&stderr).unwrap();
+    refused("the flags of standard error", rustix::fs::fcntl_setfl(&stderr, flags).map_err(io::Error::from));
+    refused("waiting on standard error", rustix::io::ioctl_fionbio(&stderr, false).map_err(io::Error::from));
 }
 
 fn processes(parent: Pid) {

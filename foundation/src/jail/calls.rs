@@ -5,12 +5,20 @@
 //! are not listed either: their failure is harmless.
 
 use libc::{
-    AF_INET, AF_INET6, F_DUPFD_CLOEXEC, F_GETFD, F_GETFL, F_SETFD, F_SETFL, FIONBIO, FIONREAD, IPPROTO_ICMP,
-    IPPROTO_ICMPV6, IPPROTO_TCP, IPPROTO_UDP, PROT_EXEC, TIOCOUTQ,
+    AF_INET, AF_INET6, F_DUPFD_CLOEXEC, F_GETFD, F_GETFL, F_SETFD, IPPROTO_ICMP, IPPROTO_ICMPV6, IPPROTO_IP,
+    IPPROTO_IPV6, IPPROTO_TCP, IPPROTO_UDP, PROT_EXEC, SOCK_DGRAM, SOCK_STREAM, SOL_SOCKET,
 };
 
-/// `SIOCOUTQNSD`: bytes of a socket's queue that were not sent yet (`linux/sockios.h`).
-const SIOCOUTQNSD: u64 = 0x894b;
+/// `SOCK_TYPE_MASK`: the bits of a socket's type that are not flags (`linux/net.h`).
+const SOCKET_TYPE: u64 = 0xf;
+/// All of an argument's 32 bits.
+const ALL: u64 = 0xffff_ffff;
+
+// `asm-generic/socket.h`, `linux/in.h` and `linux/in6.h`.
+const SO_PEEK_OFF: u64 = 42;
+const SO_MEMINFO: u64 = 55;
+const IP_MTU: u64 = 14;
+const IPV6_MTU: u64 = 24;
 
 /// A kind of process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,12 +35,30 @@ pub(super) enum Rule {
     Any,
     /// One of these, of argument number 0 to 5, as 32 bits.
     OneOf(u8, &'static [u64]),
-    /// One of these in the first argument and one of those in the second of the named places.
-    Both((u8, &'static [u64]), (u8, &'static [u64])),
+    /// One of these lists, of which every test must hold.
+    AnyOf(&'static [&'static [Test]]),
     /// None of these bits in an argument.
     Without(u8, u64),
     /// The argument is this process's id.
     OwnProcess(u8),
+}
+
+/// What is asked of one argument (0 to 5), as 32 bits.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Test {
+    pub(super) argument: u8,
+    /// The bits that count.
+    pub(super) mask: u64,
+    /// What they may be.
+    pub(super) values: &'static [u64],
+}
+
+const fn test(argument: u8, values: &'static [u64]) -> Test {
+    Test { argument, mask: ALL, values }
+}
+
+const fn socket_type(kind: &'static [u64]) -> Test {
+    Test { argument: 1, mask: SOCKET_TYPE, values: kind }
 }
 
 /// A call: its number, what its arguments must be, and why it is needed.
@@ -78,11 +104,11 @@ const COMMON: &[Call] = &[
                 F_GETFD as u64,
                 F_SETFD as u64,
                 F_GETFL as u64,
-                F_SETFL as u64,
                 libc::F_GET_SEALS as u64,
             ],
         ),
-        "flags of descriptors, seals of shared memory; no signals, no locks, no leases",
+        "flags of descriptors, seals of shared memory; no signals, no locks, no leases, and nothing that others who \
+         have the same file (standard error) would notice",
     ),
     any(libc::SYS_fstat, "the size of shared memory before it is mapped"),
     any(libc::SYS_epoll_create1, "event loops"),
@@ -124,11 +150,19 @@ const COMMON: &[Call] = &[
 const NETWORK_HELPER: &[Call] = &[
     when(
         libc::SYS_socket,
-        Rule::Both(
-            (0, &[AF_INET as u64, AF_INET6 as u64]),
-            (2, &[0, IPPROTO_TCP as u64, IPPROTO_UDP as u64, IPPROTO_ICMP as u64, IPPROTO_ICMPV6 as u64]),
-        ),
-        "flows of the guest: TCP, UDP and ICMP echo; no sockets of the host itself, of packets or of netlink",
+        Rule::AnyOf(&[
+            &[
+                test(0, &[AF_INET as u64, AF_INET6 as u64]),
+                socket_type(&[SOCK_STREAM as u64]),
+                test(2, &[0, IPPROTO_TCP as u64]),
+            ],
+            &[
+                test(0, &[AF_INET as u64, AF_INET6 as u64]),
+                socket_type(&[SOCK_DGRAM as u64]),
+                test(2, &[0, IPPROTO_UDP as u64, IPPROTO_ICMP as u64, IPPROTO_ICMPV6 as u64]),
+            ],
+        ]),
+        "flows of the guest: TCP, UDP and ICMP echo; no sockets of the host itself, raw ones, of packets or of netlink",
     ),
     any(libc::SYS_connect, "flows of the guest"),
     any(libc::SYS_bind, "flows of the guest keep their port where that can be"),
@@ -136,8 +170,44 @@ const NETWORK_HELPER: &[Call] = &[
     any(libc::SYS_accept4, "forwards"),
     any(libc::SYS_getsockname, "the port that the host chose"),
     any(libc::SYS_getpeername, "who came in through a forward"),
-    any(libc::SYS_getsockopt, "errors of connecting, the state of TCP"),
-    any(libc::SYS_setsockopt, "buffers, keep-alive, reuse of addresses, IPv6 only"),
+    when(
+        libc::SYS_getsockopt,
+        Rule::AnyOf(&[
+            &[test(1, &[SOL_SOCKET as u64]), test(2, &[libc::SO_ERROR as u64, SO_MEMINFO])],
+            &[test(1, &[IPPROTO_IP as u64]), test(2, &[IP_MTU])],
+            &[test(1, &[IPPROTO_IPV6 as u64]), test(2, &[IPV6_MTU])],
+        ]),
+        "errors of connecting, how full the send queue is, what the way carries",
+    ),
+    when(
+        libc::SYS_setsockopt,
+        Rule::AnyOf(&[
+            &[
+                test(1, &[SOL_SOCKET as u64]),
+                test(
+                    2,
+                    &[
+                        libc::SO_REUSEADDR as u64,
+                        libc::SO_REUSEPORT as u64,
+                        libc::SO_KEEPALIVE as u64,
+                        libc::SO_LINGER as u64,
+                        libc::SO_OOBINLINE as u64,
+                        SO_PEEK_OFF,
+                    ],
+                ),
+            ],
+            &[
+                test(1, &[IPPROTO_TCP as u64]),
+                test(2, &[libc::TCP_NODELAY as u64, libc::TCP_KEEPIDLE as u64]),
+            ],
+            &[test(1, &[IPPROTO_IP as u64]), test(2, &[libc::IP_MTU_DISCOVER as u64])],
+            &[
+                test(1, &[IPPROTO_IPV6 as u64]),
+                test(2, &[libc::IPV6_V6ONLY as u64, libc::IPV6_MTU_DISCOVER as u64]),
+            ],
+        ]),
+        "reuse of addresses, keep-alive, resets, peeks, segments, fragments; no filters, groups, or protocols on top",
+    ),
     any(libc::SYS_shutdown, "one direction of a flow ends"),
     any(libc::SYS_sendto, "flows"),
     any(libc::SYS_sendmsg, "flows; replies on the control socket"),
@@ -145,11 +215,6 @@ const NETWORK_HELPER: &[Call] = &[
     any(libc::SYS_recvfrom, "flows, also looking without taking"),
     any(libc::SYS_recvmsg, "flows; requests on the control socket"),
     any(libc::SYS_recvmmsg, "several datagrams at once"),
-    when(
-        libc::SYS_ioctl,
-        Rule::OneOf(1, &[TIOCOUTQ, SIOCOUTQNSD, FIONREAD, FIONBIO]),
-        "bytes that wait in a socket's queues; non-blocking mode",
-    ),
 ];
 
 #[cfg(test)]
@@ -170,6 +235,8 @@ mod tests {
     #[test]
     fn what_leads_out_is_not_listed() {
         let out = [
+            libc::SYS_ioctl,
+            libc::SYS_socketpair,
             libc::SYS_openat,
             libc::SYS_open,
             libc::SYS_execve,

@@ -7,7 +7,7 @@ use seccompiler::{
     SeccompRule, TargetArch,
 };
 
-use super::calls::{Process, Rule};
+use super::calls::{Process, Rule, Test};
 
 /// Puts the filter of `process` on this thread and what it starts.
 pub(super) fn install(process: Process) -> Result<(), String> {
@@ -34,9 +34,14 @@ fn rules(rule: Rule) -> Result<Vec<SeccompRule>, BackendError> {
         Rule::OneOf(argument, values) => {
             values.iter().map(|value| SeccompRule::new(vec![is(argument, *value)?])).collect()
         }
-        Rule::Both((first, these), (second, those)) => {
-            let pairs = these.iter().flat_map(|a| those.iter().map(move |b| (*a, *b)));
-            pairs.map(|(a, b)| SeccompRule::new(vec![is(first, a)?, is(second, b)?])).collect()
+        Rule::AnyOf(lists) => {
+            let mut rules = Vec::new();
+            for tests in lists {
+                for conditions in combinations(tests)? {
+                    rules.push(SeccompRule::new(conditions)?);
+                }
+            }
+            Ok(rules)
         }
         Rule::Without(argument, bits) => {
             let none = SeccompCmpOp::MaskedEq(bits);
@@ -47,6 +52,22 @@ fn rules(rule: Rule) -> Result<Vec<SeccompRule>, BackendError> {
             Ok(vec![SeccompRule::new(vec![is(argument, u64::from(std::process::id()))?])?])
         }
     }
+}
+
+/// Every choice of one value for each test.
+fn combinations(tests: &[Test]) -> Result<Vec<Vec<SeccompCondition>>, BackendError> {
+    let mut all = vec![Vec::new()];
+    for Test { argument, mask, values } in tests {
+        let mut longer = Vec::new();
+        for (chosen, value) in all.iter().flat_map(|chosen| values.iter().map(move |value| (chosen, value))) {
+            let mut chosen: Vec<SeccompCondition> = Vec::clone(chosen);
+            let is = SeccompCmpOp::MaskedEq(*mask);
+            chosen.push(SeccompCondition::new(*argument, SeccompCmpArgLen::Dword, is, *value)?);
+            longer.push(chosen);
+        }
+        all = longer;
+    }
+    Ok(all)
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 //!
 //! No call here waits; where a call would, it says so with [`io::ErrorKind::WouldBlock`]. Signals that interrupt a
 //! call are dealt with inside. The system calls: `socket`, `connect`, `getsockopt`, `setsockopt`, `sendto`,
-//! `recvmsg`, `recvfrom`, `shutdown`, `close`, `ioctl` (FIONBIO), and `poll` on kernels before 6.9.
+//! `recvmsg`, `recvfrom`, `shutdown`, `close`, `fcntl` (F_GETFL), and `poll` on kernels before 6.9.
 
 use std::io;
 use std::net::SocketAddr;
@@ -51,7 +51,11 @@ impl TcpSocket {
 
     /// Takes a connection that was accepted on the host. It becomes non-blocking if it is not.
     pub fn accepted(fd: OwnedFd) -> io::Result<Self> {
-        rustix::io::ioctl_fionbio(&fd, true)?;
+        // The jail leaves no way to change this; who accepts asks for it right away.
+        let flags = rustix::fs::fcntl_getfl(&fd)?;
+        if !flags.contains(rustix::fs::OFlags::NONBLOCK) {
+            rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::NONBLOCK)?;
+        }
         Self::prepare(fd)
     }
 
