@@ -316,6 +316,11 @@ impl Inner {
             return;
         }
         self.post(PortEvent::Link(false));
+        self.stop_listening();
+    }
+
+    /// Forgets the bells.
+    fn stop_listening(&self) {
         let Some((events, _)) = self.watcher.get() else { return };
         let tokens = std::mem::take(&mut *lock(&self.registrations));
         for token in tokens {
@@ -344,6 +349,8 @@ impl Inner {
         }
         if readiness.hangup || readiness.error {
             self.end("the process at its other end has ended".to_owned());
+            // It may have ended before it was watched; a hang-up stays and would be told for ever.
+            self.stop_listening();
         }
     }
 
@@ -381,11 +388,7 @@ impl Inner {
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        if let Some((events, _)) = self.watcher.get() {
-            for token in std::mem::take(&mut *lock(&self.registrations)) {
-                events.remove(token);
-            }
-        }
+        self.stop_listening();
     }
 }
 

@@ -233,6 +233,19 @@ fn the_end_of_the_peer_is_the_end_of_the_link() {
 }
 
 #[test]
+fn a_port_that_ended_before_it_was_watched_does_not_keep_the_loop_busy() {
+    let (port, peer) = ring(1);
+    drop(peer);
+    port.link().end("its process has ended");
+    let mut events = EventLoop::new().unwrap();
+    let _seen = watch(&port, &events);
+    for _ in 0..3 {
+        events.run_once(Some(Duration::from_millis(100))).unwrap();
+    }
+    assert_eq!(events.run_once(Some(Duration::ZERO)).unwrap(), 0);
+}
+
+#[test]
 fn the_end_of_the_machine_is_heard_by_the_peer() {
     let (port, peer) = ring(1);
     drop(port);
