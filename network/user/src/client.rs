@@ -30,7 +30,7 @@ use std::time::Duration;
 use atoll_foundation::EventFd;
 use atoll_network::ring::{self, DEFAULT_RING_BYTES, RingError, RingLink, RingPort};
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, socketpair, sockopt};
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, socketpair, sockopt};
 
 use crate::config::{ConfigError, Forward, UserNetConfig};
 use crate::control::{Reply, Request, receive, send};
@@ -230,7 +230,7 @@ impl UserNet {
             }
             _ => UserNetError::Control { name: name(), source },
         };
-        send(&*control, request, fds).map_err(failed)?;
+        send(&*control, request, fds, SendFlags::empty()).map_err(failed)?;
         match receive::<Reply>(&*control, RecvFlags::empty()).map_err(failed)? {
             Some((reply, _)) => Ok(reply),
             None => Err(gone()),

@@ -54,8 +54,13 @@ pub enum Reply {
     Failed(String),
 }
 
-/// Sends a message.
-pub fn send(socket: impl AsFd, message: &impl Serialize, fds: &[OwnedFd]) -> io::Result<()> {
+/// Sends a message. Waits until there is room for it, unless `flags` forbid that (`WouldBlock`).
+pub fn send(
+    socket: impl AsFd,
+    message: &impl Serialize,
+    fds: &[OwnedFd],
+    flags: SendFlags,
+) -> io::Result<()> {
     let bytes = serde_json::to_vec(message)?;
     if bytes.len() > MAX_MESSAGE {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "the message is too long"));
@@ -66,7 +71,7 @@ pub fn send(socket: impl AsFd, message: &impl Serialize, fds: &[OwnedFd]) -> io:
     if !fds.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(&borrowed)) {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "too many descriptors"));
     }
-    rustix::net::sendmsg(socket, &[IoSlice::new(&bytes)], &mut ancillary, SendFlags::NOSIGNAL)?;
+    rustix::net::sendmsg(socket, &[IoSlice::new(&bytes)], &mut ancillary, flags | SendFlags::NOSIGNAL)?;
     Ok(())
 }
 

@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
 
 use atoll_network::ring::{Peer, RingSetup};
-use rustix::net::RecvFlags;
+use rustix::net::{RecvFlags, SendFlags};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::config::UserNetConfig;
@@ -52,7 +52,7 @@ pub fn run(control: OwnedFd, enter_jail: impl FnOnce(&UserNetConfig) -> Result<(
     if let Err(message) = enter_jail(&config) {
         return refuse(&control, &format!("the network's process cannot lock itself in: {message}"));
     }
-    if send(&control, &Reply::Ready, &[]).is_err() {
+    if send(&control, &Reply::Ready, &[], SendFlags::empty()).is_err() {
         return ExitCode::SUCCESS;
     }
     match engine::run(&mut nat, &control) {
@@ -103,6 +103,6 @@ fn raise_open_files(config: &UserNetConfig) {
 
 fn refuse(control: &OwnedFd, message: &str) -> ExitCode {
     // Without a parent there is nobody to tell.
-    let _ = send(control, &Reply::Failed(message.to_owned()), &[]);
+    let _ = send(control, &Reply::Failed(message.to_owned()), &[], SendFlags::empty());
     ExitCode::FAILURE
 }
