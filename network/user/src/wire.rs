@@ -256,7 +256,16 @@ impl<'a> Ip<'a> {
             let next = match (self.protocol, self.payload) {
                 (HOP_BY_HOP | DESTINATION_OPTIONS, [next, units, ..]) => Some((*next, *units)),
                 (ROUTING, [next, units, _, 0, ..]) => Some((*next, *units)),
-                (FRAGMENT, payload) => return self.take_fragment_header(payload),
+                (FRAGMENT, payload) => {
+                    if !self.take_fragment_header(payload) {
+                        return false;
+                    }
+                    if self.fragment.is_some() {
+                        return true;
+                    }
+                    // An atomic fragment (RFC 6946) is the whole: what follows may be further headers.
+                    continue;
+                }
                 (HOP_BY_HOP | DESTINATION_OPTIONS | ROUTING, _) => return false,
                 _ => return true,
             };
@@ -278,13 +287,14 @@ impl<'a> Ip<'a> {
             self.fragment = Some(fragment);
             return true;
         }
-        // An atomic fragment (RFC 6946) is the whole: what follows may be further headers.
-        self.protocol != FRAGMENT && self.skip_extension_headers()
+        self.protocol != FRAGMENT
     }
 
-    /// After reassembly: skips extension headers that lay in the fragmentable part.
+    /// After reassembly: skips extension headers that lay in the fragmentable part. False: they cannot be passed,
+    /// or lead to a fragment again.
     pub fn finish(&mut self) -> bool {
-        self.source.is_ipv4() || (self.protocol != FRAGMENT && self.skip_extension_headers())
+        self.source.is_ipv4()
+            || (self.protocol != FRAGMENT && self.skip_extension_headers() && self.fragment.is_none())
     }
 
     /// Whether the checksum of a transport protocol at the payload's beginning is right.
@@ -475,6 +485,42 @@ mod tests {
         let atomic = packet(FRAGMENT, &[UDP, 0, 0, 0, 0, 0, 0, 1, 5]);
         let atomic = Ip::parse_v6(&atomic).unwrap();
         assert_eq!((atomic.fragment, atomic.payload), (None, &[5][..]));
+    }
+
+    #[test]
+    fn fragment_headers_count_as_extension_headers() {
+        let packet = |pairs: usize| {
+            let mut chain = Vec::new();
+            for n in 1..=pairs {
+                chain.extend_from_slice(&[DESTINATION_OPTIONS, 0, 0, 0, 0, 0, 0, 1]);
+                chain.extend_from_slice(&[if n == pairs { UDP } else { FRAGMENT }, 0, 0, 0, 0, 0, 0, 0]);
+            }
+            let mut headers = Headers::ethernet([0; 6], [0; 6], 0);
+            let address = IpAddr::V6(Ipv6Addr::LOCALHOST);
+            headers.ip(address, address, FRAGMENT, 64, chain.len(), None);
+            [&headers.bytes()[ETHERNET_BYTES..], &chain].concat()
+        };
+        assert_eq!(Ip::parse_v6(&packet(2)).unwrap().protocol, UDP);
+        for pairs in [5, 4095] {
+            assert!(Ip::parse_v6(&packet(pairs)).is_none(), "{pairs} times two headers");
+        }
+    }
+
+    #[test]
+    fn what_was_put_together_is_no_fragment_again() {
+        let chain = [&[FRAGMENT, 0, 0, 0, 0, 0, 0, 0][..], &[UDP, 0, 0, 1, 0, 0, 0, 1], b"datagram"].concat();
+        let address = IpAddr::V6(Ipv6Addr::LOCALHOST);
+        let mut ip = Ip {
+            source: address,
+            destination: address,
+            protocol: DESTINATION_OPTIONS,
+            hops: 64,
+            dont_fragment: false,
+            fragment: None,
+            payload: &chain,
+            packet: &[],
+        };
+        assert!(!ip.finish(), "{ip:?}");
     }
 
     #[test]
