@@ -407,6 +407,11 @@ impl<F: FrameIo, P: Poller, H: Host> Nat<F, P, H> {
         if udp.source == 0 || udp.destination == 0 {
             return None;
         }
+        let datagrams =
+            marks.udp_segment.map_or(1, |size| udp.payload.len().div_ceil(usize::from(size).max(1)));
+        if datagrams > udp::MAX_SEGMENTS {
+            return None;
+        }
         let guest = SocketAddr::new(ip.source, udp.source);
         let remote = SocketAddr::new(ip.destination, udp.destination);
         if remote.port() == DNS_PORT && self.sender.addresses.is_dns(ip.destination) {
@@ -435,7 +440,9 @@ impl<F: FrameIo, P: Poller, H: Host> Nat<F, P, H> {
             now,
             buffer: &mut self.buffer,
         };
-        let table = if remote.port() == DNS_PORT { &mut self.queries } else { &mut self.udp };
+        // A client of a forward may have that port too.
+        let asks = remote.port() == DNS_PORT && !self.udp.has(&tuple);
+        let table = if asks { &mut self.queries } else { &mut self.udp };
         table.packet(tuple, udp.payload, marks.udp_segment, ip, &mut cx);
         Some(())
     }

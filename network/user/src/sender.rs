@@ -150,9 +150,9 @@ impl<F: FrameIo> Sender<F> {
         std::mem::take(&mut self.full)
     }
 
-    /// Whether any packet fits now. If not, an event was asked for.
-    pub fn has_room(&mut self, to: IpAddr) -> bool {
-        let pair = self.pair_of(to, 0);
+    /// Whether any packet of a flow to `to` fits now. If not, an event was asked for.
+    pub fn has_room(&mut self, to: SocketAddr) -> bool {
+        let pair = self.pair_of(to.ip(), to.port());
         if self.frames.room(pair) >= MAX_FRAME {
             return true;
         }

@@ -44,6 +44,8 @@ use crate::wire::{IPV4_BYTES, IPV6_BYTES, Ip, UDP_BYTES};
 pub const IDLE: Duration = Duration::from_secs(180);
 /// How long a flow to a DNS server lives without a datagram.
 pub const IDLE_QUERIES: Duration = Duration::from_secs(10);
+/// Most datagrams that a large frame stands for (Linux' UDP_MAX_SEGMENTS): each is a call of the host.
+pub const MAX_SEGMENTS: usize = 128;
 /// Datagrams taken from one socket before others have their turn.
 const BATCH: usize = 64;
 /// Ports tried for a client whose own is taken by another client under the gateway's address.
@@ -113,6 +115,11 @@ impl UdpTable {
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
         self.flows.is_empty()
+    }
+
+    /// Whether there is such a flow.
+    pub fn has(&self, tuple: &Flow4Tuple) -> bool {
+        self.flows.find(tuple).is_some()
     }
 
     /// Takes a datagram of the guest: `ip` is the packet, for errors about it. A large frame is cut into datagrams
@@ -218,7 +225,7 @@ impl UdpTable {
         for _ in 0..BATCH {
             let Some(flow) = self.flows.get_mut(handle) else { return };
             let Way::Socket { socket, peer } = &flow.way else { return };
-            if !cx.sender.has_room(flow.tuple.guest.ip()) {
+            if !cx.sender.has_room(flow.tuple.guest) {
                 // The kernel keeps, and in the end drops, what comes.
                 flow.paused = true;
                 cx.poller.unwatch(socket.as_fd());
