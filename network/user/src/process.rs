@@ -23,7 +23,7 @@ use crate::nat::Nat;
 use crate::poller::Epoll;
 
 /// Descriptors besides flows and forwards: standard ones, ring, epoll, queries, echo, those on their way.
-const OTHER_DESCRIPTORS: u64 = 1024;
+const OTHER_DESCRIPTORS: u64 = 640;
 
 /// As [`run`], with standard input as control socket.
 pub fn run_on_stdin(enter_jail: impl FnOnce(&UserNetConfig) -> Result<(), String>) -> ExitCode {
@@ -67,7 +67,7 @@ pub fn run(control: OwnedFd, enter_jail: impl FnOnce(&UserNetConfig) -> Result<(
 /// Does everything that needs rights.
 fn prepare(config: &UserNetConfig, fds: Vec<OwnedFd>) -> Result<ProcessNat, String> {
     let addresses = config.check().map_err(|error| error.to_string())?;
-    raise_open_files(config);
+    let config = &UserNetConfig { max_flows: raise_open_files(config), ..config.clone() };
     let mut resolvers = Resolvers::of_host();
     if !config.dns_servers.is_empty() {
         resolvers = resolvers.with_servers(&config.dns_servers);
@@ -84,25 +84,71 @@ fn prepare(config: &UserNetConfig, fds: Vec<OwnedFd>) -> Result<ProcessNat, Stri
     Ok(nat)
 }
 
-/// A descriptor for each flow that may be, as far as the host allows. Where it does not, the oldest flows make
-/// room earlier.
-fn raise_open_files(config: &UserNetConfig) {
-    // Of UDP, of UDP to DNS servers and of TCP.
-    let flows = (config.max_flows as u64).saturating_mul(9) / 4;
-    let wanted = flows.saturating_add(config.forwards.len() as u64).saturating_add(OTHER_DESCRIPTORS);
+/// Sees to a descriptor for each flow that may be, and returns how many these are: fewer than were asked for where the
+/// host allows fewer descriptors. Flows of one protocol would take those of the others otherwise.
+fn raise_open_files(config: &UserNetConfig) -> usize {
+    let wanted = descriptors(config.max_flows as u64, config.forwards.len() as u64);
     let limit = getrlimit(Resource::Nofile);
     let most = limit.maximum.unwrap_or(u64::MAX);
-    let current = limit.current.unwrap_or(u64::MAX);
+    let mut current = limit.current.unwrap_or(u64::MAX);
     if current < wanted {
         let raised = Rlimit { current: Some(wanted.min(most)), maximum: limit.maximum };
-        if let Err(error) = setrlimit(Resource::Nofile, raised) {
-            tracing::warn!("the limit of open files stays at {current}, {wanted} were wanted: {error}");
+        match setrlimit(Resource::Nofile, raised) {
+            Ok(()) => current = wanted.min(most),
+            Err(error) => tracing::warn!("the limit of open files stays at {current}: {error}"),
         }
     }
+    let flows = flows_within(current, config.max_flows, config.forwards.len() as u64);
+    if flows < config.max_flows {
+        tracing::warn!(
+            "network {}: {current} open files (ulimit -Hn) are enough for {flows} flows, not {}",
+            config.name,
+            config.max_flows
+        );
+    }
+    flows
+}
+
+/// Descriptors for so many flows of TCP, as many of UDP, and a quarter of that of UDP to DNS servers.
+fn descriptors(flows: u64, forwards: u64) -> u64 {
+    let flows = flows.saturating_mul(2).saturating_add(flows.div_ceil(4));
+    flows.saturating_add(forwards).saturating_add(OTHER_DESCRIPTORS)
+}
+
+/// Flows, at most `wanted`, for which `limit` descriptors are enough; one at least.
+fn flows_within(limit: u64, wanted: usize, forwards: u64) -> usize {
+    let left = limit.saturating_sub(forwards).saturating_sub(OTHER_DESCRIPTORS);
+    // The quarter is rounded up, which takes one descriptor more at most.
+    let flows = left.saturating_sub(1).saturating_mul(4) / 9;
+    if descriptors(wanted as u64, forwards) <= limit { wanted } else { (flows as usize).clamp(1, wanted) }
 }
 
 fn refuse(control: &OwnedFd, message: &str) -> ExitCode {
     // Without a parent there is nobody to tell.
     let _ = send(control, &Reply::Failed(message.to_owned()), &[], SendFlags::empty());
     ExitCode::FAILURE
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flows_of_all_protocols_have_descriptors_under_any_limit() {
+        for wanted in [1, 7, 4096, 65_536] {
+            for forwards in [0, 100] {
+                for limit in (800..20_000).step_by(61).chain([1 << 20]) {
+                    let flows = flows_within(limit, wanted, forwards);
+                    assert!((1..=wanted).contains(&flows));
+                    assert!(
+                        descriptors(flows as u64, forwards) <= limit,
+                        "{wanted} {forwards} {limit}: {flows}"
+                    );
+                }
+            }
+        }
+        assert_eq!(flows_within(10_000, 4096, 0), 4096);
+        assert!(flows_within(4096, 4096, 0) >= 1500, "nothing is given away");
+        assert_eq!(flows_within(64, 4096, 0), 1);
+    }
 }
