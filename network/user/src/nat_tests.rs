@@ -843,6 +843,10 @@ fn in_a_namespace(test: &str) -> bool {
     const VARIABLE: &str = "ATOLL_TEST_IN_NAMESPACE";
     const SETUP: &str = "set -e; ip link set lo up
         ip address add 192.0.2.1/32 dev lo; ip address add 2001:db8::1/128 dev lo nodad
+        # The kernel sees to the route of an address a little later.
+        for n in 1 2 3 4 5 6 7 8 9; do
+            if ip -6 route get 2001:db8::1 2>&1 | grep -q '^local'; then break; fi; sleep 0.1
+        done
         echo '0 0' > /proc/sys/net/ipv4/ping_group_range";
     if std::env::var_os(VARIABLE).is_some() {
         return true;
