@@ -3,7 +3,7 @@
 
 use std::process::ExitCode;
 
-use atoll_foundation::jail::{self, JailOptions, Process};
+use atoll_foundation::jail::{self, JailOptions, Layer, Process};
 use atoll_foundation::signals::{Signal, Signals};
 
 /// Most address space, in bytes: several times what flows, rings and the program take.
@@ -17,7 +17,12 @@ pub(crate) fn run() -> ExitCode {
         let options =
             JailOptions { address_space: Some(ADDRESS_SPACE), ..JailOptions::new(Process::NetworkHelper) };
         let report = jail::enter(&options).map_err(|error| error.to_string())?;
-        tracing::info!("the process of network {} is locked in; {report}", config.name);
+        if report.holds(Layer::SystemCalls) && report.holds(Layer::NoNewPrivileges) {
+            tracing::info!("the process of network {} is locked in; {report}", config.name);
+        } else {
+            // Every kernel that Atoll runs on has these; a host without them is worth a word.
+            tracing::warn!("the process of network {} is hardly locked in; {report}", config.name);
+        }
         Ok(())
     })
 }
