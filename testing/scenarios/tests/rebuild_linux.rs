@@ -16,7 +16,8 @@ use support::{Running, spec};
 /// A guest says something at least this often, on a busy host too.
 const PATIENCE: Duration = Duration::from_secs(300);
 
-/// PID 1: a checksum of what the disk gives back, timers, and work on every processor; then the kernel's warnings.
+/// PID 1: a checksum of what the disk gives back, timers, and work on every processor; then the kernel's warnings,
+/// but for its advice about flaws that the host's processor has.
 const SCRIPT: &str = r#"#!/bin/sh
 export PATH=/bin:/sbin:/usr/bin:/usr/sbin
 mount -t proc proc /proc
@@ -41,7 +42,7 @@ while [ $n -lt 20 ]; do
   n=$(( n + 1 ))
 done
 wait
-dmesg | grep -E 'BUG|WARN|soft lockup|stall|nstable|I/O error|timed out' | sed 's/^/FAILED /'
+dmesg | grep -E 'BUG|WARN|soft lockup|stall|nstable|I/O error|timed out' | grep -v 'admin-guide/hw-vuln' | sed 's/^/FAILED /'
 echo "WROTE $n"
 poweroff -f
 "#;
