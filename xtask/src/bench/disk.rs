@@ -46,8 +46,8 @@ pub(super) struct Arguments {
     /// Folder for the images, to choose the host's file system (default: the target directory)
     #[arg(long)]
     folder: Option<PathBuf>,
-    /// Seconds after which a run is given up
-    #[arg(long, default_value_t = 1800)]
+    /// Seconds after which a run is given up and tried once more
+    #[arg(long, default_value_t = 240)]
     patience: u64,
 }
 
@@ -109,14 +109,7 @@ poweroff -f
 pub(super) fn run(arguments: &Arguments) -> Result<()> {
     let contenders: Vec<&str> = chosen(&CONTENDERS, arguments.only.as_deref());
     let formats: Vec<&str> = chosen(&FORMATS, arguments.format.as_deref());
-    for (program, package, wanted) in [
-        ("fio", "fio", true),
-        ("ldd", "libc-bin", true),
-        ("qemu-img", "qemu-utils", formats.contains(&"qcow2")),
-        ("qemu-system-x86_64", "qemu-system-x86", contenders.contains(&"qemu-tcg")),
-    ] {
-        ensure!(!wanted || has(program), "{program} is missing: install the package {package} and run again");
-    }
+    require(&contenders, &formats)?;
     if contenders.contains(&"atoll") {
         run_command(&mut cargo(&["build", "--release", "--package", "atoll"]))?;
     }
@@ -142,13 +135,12 @@ pub(super) fn run(arguments: &Arguments) -> Result<()> {
         for (format, master) in &masters {
             for contender in &contenders {
                 println!("round {round}/{rounds}: {contender}, {format}");
-                let log = logs.join(format!("{contender}-{format}-{round}.log"));
-                let copy = folder.path().join(format!("disk.{format}"));
-                fresh_copy(master, &copy)?;
-                let figures = guest
-                    .measure(contender, format, &copy, &log)
-                    .with_context(|| format!("measuring {contender} on {format}; see {}", log.display()))?;
+                let log = logs.join(format!("{contender}-{format}-{round}"));
+                let (figures, given_up) = guest
+                    .measure_twice_at_most(contender, format, master, &log)
+                    .with_context(|| format!("measuring {contender} on {format}"))?;
                 samples.add(contender, format, figures);
+                *samples.given_up.entry((*contender).to_owned()).or_default() += u32::from(given_up);
             }
         }
     }
@@ -159,12 +151,26 @@ pub(super) fn run(arguments: &Arguments) -> Result<()> {
         rounds,
         host_cpu: super::host_cpu(),
         rows: samples.rows(&formats),
+        given_up: samples.given_up,
     };
     print_table(&report);
     let path = target().join("bench-disk.json");
     let json = serde_json::to_string_pretty(&report).context("cannot encode the report")?;
     std::fs::write(&path, json + "\n").with_context(|| format!("cannot write {}", path.display()))?;
     println!("\nwritten to {}", path.display());
+    Ok(())
+}
+
+/// Nothing starts before everything that it needs is there.
+fn require(contenders: &[&str], formats: &[&str]) -> Result<()> {
+    for (program, package, wanted) in [
+        ("fio", "fio", true),
+        ("ldd", "libc-bin", true),
+        ("qemu-img", "qemu-utils", formats.contains(&"qcow2")),
+        ("qemu-system-x86_64", "qemu-system-x86", contenders.contains(&"qemu-tcg")),
+    ] {
+        ensure!(!wanted || has(program), "{program} is missing: install the package {package} and run again");
+    }
     Ok(())
 }
 
@@ -258,6 +264,28 @@ impl Guest {
         }
     }
 
+    /// Measures on a fresh copy of `master`. A guest that stood still must not cost all rounds: it is measured once
+    /// more, and the report says that this happened (the second value).
+    fn measure_twice_at_most(
+        &self,
+        contender: &str,
+        format: &str,
+        master: &Path,
+        log: &Path,
+    ) -> Result<(Figures, bool)> {
+        let copy = self.initrd.with_file_name(format!("disk.{format}"));
+        fresh_copy(master, &copy)?;
+        let error = match self.measure(contender, format, &copy, &log.with_extension("log")) {
+            Ok(figures) => return Ok((figures, false)),
+            Err(error) => error,
+        };
+        println!("  given up: {error:#}");
+        fresh_copy(master, &copy)?;
+        let log = log.with_extension("again.log");
+        let figures = self.measure(contender, format, &copy, &log);
+        Ok((figures.with_context(|| format!("twice; see {}", log.display()))?, true))
+    }
+
     /// Boots, lets `fio` run through its patterns, reads what it printed.
     fn measure(&self, contender: &str, format: &str, disk: &Path, log: &Path) -> Result<Figures> {
         let command = self.command(contender, format, disk);
@@ -332,15 +360,19 @@ fn read(console: &str) -> Result<Figures> {
 
 /// Every run's figures, in the order of the rounds, by format and contender.
 #[derive(Debug, Default)]
-struct Samples(BTreeMap<(String, String), Vec<Figures>>);
+struct Samples {
+    runs: BTreeMap<(String, String), Vec<Figures>>,
+    /// How many runs had to be made again, by contender.
+    given_up: BTreeMap<String, u32>,
+}
 
 impl Samples {
     fn add(&mut self, contender: &str, format: &str, figures: Figures) {
-        self.0.entry((format.to_owned(), contender.to_owned())).or_default().push(figures);
+        self.runs.entry((format.to_owned(), contender.to_owned())).or_default().push(figures);
     }
 
     fn of(&self, format: &str, contender: &str, pattern: &str) -> Vec<Figure> {
-        let runs = self.0.get(&(format.to_owned(), contender.to_owned()));
+        let runs = self.runs.get(&(format.to_owned(), contender.to_owned()));
         runs.into_iter().flatten().filter_map(|run| run.get(pattern).copied()).collect()
     }
 
@@ -373,6 +405,8 @@ struct Report {
     rounds: u32,
     host_cpu: String,
     rows: Vec<Row>,
+    /// Runs that failed or stood still and were made again, by contender.
+    given_up: BTreeMap<String, u32>,
 }
 
 /// Medians of one pattern on one format.
@@ -418,6 +452,9 @@ fn print_table(report: &Report) {
         let ratio = row.ratio.map_or_else(|| "-".to_owned(), |r| format!("{r:.2}"));
         let label = format!("{:<6} {}", row.format, row.pattern);
         println!("{label:<30} {} {} {ratio:>8}", cell(&row.atoll), cell(&row.qemu_tcg));
+    }
+    for (contender, count) in report.given_up.iter().filter(|(_, count)| **count > 0) {
+        println!("{contender}: {count} of its runs failed or stood still and were made again");
     }
 }
 
