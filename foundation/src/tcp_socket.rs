@@ -277,7 +277,7 @@ mod tests {
         assert_eq!(empty.used, 0);
         assert!(empty.limit > 0 && empty.free() == empty.limit);
         client.set_nonblocking(true).unwrap();
-        while client.write(&[0; 65536]).is_ok() {}
+        while client.write(&vec![0; 65536]).is_ok() {}
         let full = send_queue(&client).unwrap();
         assert!(full.free() < full.limit / 2, "{full:?}");
         drop(server);
