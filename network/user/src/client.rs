@@ -23,11 +23,12 @@ use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use atoll_foundation::EventFd;
+use atoll_foundation::sync::lock;
 use atoll_network::ring::{self, DEFAULT_RING_BYTES, RingError, RingLink, RingPort};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, socketpair, sockopt};
@@ -88,10 +89,6 @@ struct Shared {
     /// The owner is about to kill it.
     ending: AtomicBool,
     dead: AtomicBool,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A running network. Dropping it ends the process.

@@ -30,8 +30,9 @@ mod pool;
 use std::cell::Cell;
 use std::io;
 use std::str::FromStr;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex};
 
+use atoll_foundation::sync::lock;
 use atoll_foundation::uring::{Direction, FileRing, TransferBuffers};
 
 use crate::disk::{DirectEnd, Disk};
@@ -98,10 +99,6 @@ impl FromStr for EngineKind {
 thread_local! {
     /// Completions that this thread is in the middle of.
     static COMPLETING: Cell<usize> = const { Cell::new(0) };
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 
 #[derive(Default)]

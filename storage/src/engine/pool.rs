@@ -4,9 +4,8 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
+use atoll_foundation::sync::lock;
 use atoll_foundation::threads;
-
-use super::lock;
 
 /// Threads of one disk at most. Each waits in a system call most of its time, so the number bounds what the
 /// device can have under way, not processors used.
