@@ -29,6 +29,7 @@
 
 #![forbid(unsafe_code)]
 
+mod buffers;
 pub mod disk;
 pub mod engine;
 pub mod error;

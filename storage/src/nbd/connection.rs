@@ -27,9 +27,9 @@ use std::time::Duration;
 
 use vm_memory::VolatileSlice;
 
-use super::buffers::{copy_in, part_of, zero};
 use super::socket::{Socket, explain};
 use super::wire::*;
+use crate::buffers::{copy_in, part_of, zero};
 
 /// How long a server may do nothing while a request waits. A reply may take long when it releases much space.
 pub(super) const PATIENCE: Duration = Duration::from_secs(60);

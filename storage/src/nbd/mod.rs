@@ -21,7 +21,6 @@
 //! Locks: `blocks` outermost (shared by transfers of whole blocks, exclusive while a part of a block is
 //! replaced), then the link's and the connection's. Specification: "The NBD protocol" of the NBD project.
 
-mod buffers;
 mod connection;
 mod link;
 mod negotiate;
@@ -36,6 +35,7 @@ use std::sync::{PoisonError, RwLock};
 
 use vm_memory::VolatileSlice;
 
+use crate::buffers::{copy_in, copy_out, part_of};
 use crate::disk::{
     Capabilities, DiscardLimits, Disk, SECTOR_SIZE, WriteZeroesLimits, check_range, total_len,
 };
@@ -44,7 +44,6 @@ use crate::format::DiskFormat;
 use crate::metrics::DiskMetrics;
 use crate::raw::OpenOptions;
 
-use buffers::{copy_in, copy_out, part_of};
 use link::{Lease, Link};
 use negotiate::{Export, Setback};
 use socket::Socket;

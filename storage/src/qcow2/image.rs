@@ -34,6 +34,7 @@ use vm_memory::VolatileSlice;
 use super::cache::TableCache;
 use super::header::{CORRUPT, Header};
 use super::layout::{Entry, Layout, Mapping, OFFSET_MASK, corrupt, word};
+use crate::buffers::{part_of, zero};
 use crate::disk::{Disk, total_len};
 use crate::file::ImageFile;
 
@@ -376,31 +377,6 @@ impl<F: ImageFile> Image<F> {
     }
 }
 
-/// The part of a list of buffers from byte `start` for `len` bytes.
-pub(super) fn part_of<'a>(
-    buffers: &[VolatileSlice<'a>],
-    start: u64,
-    len: u64,
-) -> io::Result<Vec<VolatileSlice<'a>>> {
-    let (mut skip, mut left) = (start, len);
-    let mut part = Vec::new();
-    for buffer in buffers {
-        let size = buffer.len() as u64;
-        if left == 0 {
-            break;
-        }
-        if skip >= size {
-            skip -= size;
-            continue;
-        }
-        let take = left.min(size - skip);
-        part.push(buffer.subslice(skip as usize, take as usize).map_err(io::Error::other)?);
-        left -= take;
-        skip = 0;
-    }
-    Ok(part)
-}
-
 /// Fills buffers from a file; what is behind its end reads as zero.
 pub(super) fn read_padded(
     file: &impl ImageFile,
@@ -413,28 +389,6 @@ pub(super) fn read_padded(
         zero(&part_of(buffers, count, len - count)?);
     }
     Ok(())
-}
-
-pub(super) fn zero(buffers: &[VolatileSlice<'_>]) {
-    const ZEROS: [u8; 4096] = [0; 4096];
-    for buffer in buffers {
-        let mut start = 0;
-        while let Ok(rest) = buffer.offset(start)
-            && !rest.is_empty()
-        {
-            let piece = rest.len().min(ZEROS.len());
-            rest.copy_from(&ZEROS[..piece]);
-            start += piece;
-        }
-    }
-}
-
-pub(super) fn copy_out(mut bytes: &[u8], buffers: &[VolatileSlice<'_>]) {
-    for buffer in buffers {
-        let (now, later) = bytes.split_at(buffer.len().min(bytes.len()));
-        buffer.copy_from(now);
-        bytes = later;
-    }
 }
 
 /// Reads one whole table; a table cut short by the end of the file is an error.

@@ -25,9 +25,10 @@ use vm_memory::VolatileSlice;
 
 use super::Qcow2Disk;
 use super::compression::decompress;
-use super::image::{Extent, Image, copy_out, part_of, read_padded, zero};
+use super::image::{Extent, Image, read_padded};
 use super::layout::{Mapping, Standard};
 use super::write::Plan;
+use crate::buffers::{copy_out, part_of, zero};
 use crate::disk::total_len;
 use crate::error::{earlier_flush_failed, writes_lost};
 use crate::file::ImageFile;

@@ -27,6 +27,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use vm_memory::VolatileSlice;
 
+use crate::buffers::{part_of, zero};
 use crate::disk::{
     Capabilities, Direct, DirectEnd, DiscardLimits, Disk, SECTOR_SIZE, WriteZeroesLimits, check_range,
     total_len,
@@ -118,7 +119,7 @@ impl<F: ImageFile> RawDisk<F> {
                     "the image is shorter than when it was opened",
                 )));
             }
-            zero_from(buffers, count);
+            zero(&part_of(buffers, count, len - count).map_err(host)?);
         }
         Ok(())
     }
@@ -240,22 +241,6 @@ fn supported(result: io::Result<()>, unsupported: &AtomicBool) -> io::Result<boo
             Ok(false)
         }
         Err(error) => Err(error),
-    }
-}
-
-/// Zeroes everything in the buffers after the first `skip` bytes.
-fn zero_from(buffers: &[VolatileSlice<'_>], mut skip: u64) {
-    const ZEROS: [u8; SECTOR_SIZE as usize] = [0; SECTOR_SIZE as usize];
-    for buffer in buffers {
-        let mut start = skip.min(buffer.len() as u64) as usize;
-        skip -= start as u64;
-        while let Ok(rest) = buffer.offset(start)
-            && !rest.is_empty()
-        {
-            let piece = rest.len().min(ZEROS.len());
-            rest.copy_from(&ZEROS[..piece]);
-            start += piece;
-        }
     }
 }
 

@@ -1,11 +1,13 @@
-//! Lists of buffers: parts of them, and moving bytes between them and ordinary memory.
+//! Lists of buffers: parts of them, and moving bytes between them and ordinary memory. For every format that takes
+//! requests apart: [`crate::raw`], [`crate::qcow2`] and [`crate::nbd`]. A list's length is
+//! [`total_len`](crate::disk::total_len).
 
 use std::io;
 
 use vm_memory::VolatileSlice;
 
 /// The part of a list of buffers from byte `start` for `len` bytes.
-pub(super) fn part_of<'a>(
+pub(crate) fn part_of<'a>(
     buffers: &[VolatileSlice<'a>],
     start: u64,
     len: u64,
@@ -30,7 +32,7 @@ pub(super) fn part_of<'a>(
 }
 
 /// Fills all buffers with zeros.
-pub(super) fn zero(buffers: &[VolatileSlice<'_>]) {
+pub(crate) fn zero(buffers: &[VolatileSlice<'_>]) {
     const ZEROS: [u8; 4096] = [0; 4096];
     for buffer in buffers {
         let mut start = 0;
@@ -45,7 +47,7 @@ pub(super) fn zero(buffers: &[VolatileSlice<'_>]) {
 }
 
 /// Copies bytes into buffers until either ends.
-pub(super) fn copy_out(mut bytes: &[u8], buffers: &[VolatileSlice<'_>]) {
+pub(crate) fn copy_out(mut bytes: &[u8], buffers: &[VolatileSlice<'_>]) {
     for buffer in buffers {
         let (now, later) = bytes.split_at(buffer.len().min(bytes.len()));
         buffer.copy_from(now);
@@ -54,7 +56,7 @@ pub(super) fn copy_out(mut bytes: &[u8], buffers: &[VolatileSlice<'_>]) {
 }
 
 /// Copies buffers into bytes until either ends.
-pub(super) fn copy_in(buffers: &[VolatileSlice<'_>], bytes: &mut [u8]) {
+pub(crate) fn copy_in(buffers: &[VolatileSlice<'_>], bytes: &mut [u8]) {
     let mut done = 0;
     for buffer in buffers {
         done += buffer.copy_to(&mut bytes[done..]);
