@@ -14,6 +14,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use rustix::ioctl::opcode;
 use vm_memory::VolatileSlice;
 
+use crate::volatile_io::uninterrupted;
+
 /// Most buffers that [`send`] takes; the kernel's own limit is 1024.
 pub const MAX_BUFFERS: usize = 63;
 
@@ -173,18 +175,11 @@ pub fn send(fd: impl AsFd, header: &[u8], buffers: &[VolatileSlice<'_>]) -> io::
         vector.iov_len = buffer.len();
     }
     let used = buffers.len() as libc::c_int + 1;
-    loop {
+    uninterrupted(|| {
         // SAFETY: the first vector is `header`, which the kernel only reads; every other one is a slice that is
         // valid for its lifetime, which outlasts the call, and to which no reference exists.
-        let count = unsafe { libc::writev(fd.as_fd().as_raw_fd(), vectors.as_ptr(), used) };
-        if let Ok(count) = usize::try_from(count) {
-            return Ok(count);
-        }
-        let error = io::Error::last_os_error();
-        if error.kind() != io::ErrorKind::Interrupted {
-            return Err(error);
-        }
-    }
+        unsafe { libc::writev(fd.as_fd().as_raw_fd(), vectors.as_ptr(), used) }
+    })
 }
 
 #[cfg(test)]

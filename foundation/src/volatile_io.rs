@@ -131,11 +131,11 @@ fn one_call<B: BitmapSlice>(
     let offset = libc::off64_t::try_from(offset)
         .map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, "file offset beyond the host's limit"))?;
     let used = used as libc::c_int;
-    loop {
+    uninterrupted(|| {
         // SAFETY: every vector lies within a slice that is valid for its lifetime, which outlasts the call
         // (`skip` is below the length of the buffer, see `advance`). Memory that changes meanwhile is no
         // hazard to the kernel's copy, and no Rust reference to it exists.
-        let count = unsafe {
+        unsafe {
             match direction {
                 Direction::FromFile => libc::preadv64(fd.as_raw_fd(), vectors.as_ptr(), used, offset),
                 Direction::FromCache => {
@@ -143,8 +143,14 @@ fn one_call<B: BitmapSlice>(
                 }
                 Direction::ToFile => libc::pwritev64(fd.as_raw_fd(), vectors.as_ptr(), used, offset),
             }
-        };
-        if let Ok(count) = usize::try_from(count) {
+        }
+    })
+}
+
+/// Makes a system call that returns a count of bytes, again for as long as signals interrupt it.
+pub(crate) fn uninterrupted(call: impl Fn() -> libc::ssize_t) -> io::Result<usize> {
+    loop {
+        if let Ok(count) = usize::try_from(call()) {
             return Ok(count);
         }
         let error = io::Error::last_os_error();
