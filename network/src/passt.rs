@@ -35,7 +35,7 @@ use rustix::net::{RecvFlags, SendFlags};
 use vm_memory::VolatileSlice;
 
 use crate::header::{FrameHeader, Offloads};
-use crate::port::{MAX_FRAME, Port, PortError, PortEvent, PortListener, Received, Sent, Taken};
+use crate::port::{MAX_FRAME, Port, PortError, PortEvent, PortListener, Received, Sent, Taken, Watcher};
 use crate::ready::{Direction, Ready};
 
 /// Bytes of the length before each frame.
@@ -109,7 +109,7 @@ struct Inner {
     ended: OnceLock<String>,
     /// The last line that passt has printed.
     last_line: Arc<Mutex<String>>,
-    watcher: OnceLock<(EventLoopHandle, PortListener)>,
+    watcher: Watcher,
 }
 
 #[derive(Default)]
@@ -325,7 +325,7 @@ impl Inner {
             inward: Mutex::new(inward),
             ended: OnceLock::new(),
             last_line,
-            watcher: OnceLock::new(),
+            watcher: Watcher::default(),
         }))
     }
 
@@ -336,10 +336,7 @@ impl Inner {
         if self.ended.set(reason).is_err() {
             return;
         }
-        if let Some((events, listener)) = self.watcher.get() {
-            let listener = listener.clone();
-            events.post(move || listener(PortEvent::Link(false)));
-        }
+        self.watcher.post(PortEvent::Link(false));
     }
 
     /// Writes what the socket takes, and asks to be told when it takes more.
@@ -467,10 +464,7 @@ impl Port for PasstPort {
     }
 
     fn watch(&self, events: &EventLoopHandle, listener: PortListener) -> io::Result<()> {
-        self.inner
-            .watcher
-            .set((events.clone(), listener.clone()))
-            .map_err(|_| io::Error::new(io::ErrorKind::AlreadyExists, "the port is already watched"))?;
+        self.inner.watcher.set(events, listener.clone())?;
         if let Some(process) = lock(&self.process).as_mut() {
             process.read_log(&self.inner.last_line);
         }

@@ -15,7 +15,7 @@
 use std::fmt;
 use std::io;
 use std::str::FromStr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use atoll_foundation::EventLoopHandle;
 use vm_memory::VolatileSlice;
@@ -108,6 +108,32 @@ pub enum PortEvent {
 
 /// Receives a port's events, on the event loop's thread.
 pub type PortListener = Arc<dyn Fn(PortEvent) + Send + Sync>;
+
+/// Who watches a port, once [`Port::watch`] has said so; for the ports' own use.
+#[derive(Default)]
+pub(crate) struct Watcher(OnceLock<(EventLoopHandle, PortListener)>);
+
+impl Watcher {
+    /// Keeps whom to tell. A second time is an error (`AlreadyExists`).
+    pub(crate) fn set(&self, events: &EventLoopHandle, listener: PortListener) -> io::Result<()> {
+        self.0
+            .set((events.clone(), listener))
+            .map_err(|_| io::Error::new(io::ErrorKind::AlreadyExists, "the port is already watched"))
+    }
+
+    /// The loop and the listener, if there is one.
+    pub(crate) fn get(&self) -> Option<&(EventLoopHandle, PortListener)> {
+        self.0.get()
+    }
+
+    /// Tells the listener, if there is one, from the event loop's thread.
+    pub(crate) fn post(&self, event: PortEvent) {
+        if let Some((events, listener)) = self.get() {
+            let listener = listener.clone();
+            events.post(move || listener(event));
+        }
+    }
+}
 
 /// A port that has failed for good.
 #[derive(Debug, thiserror::Error)]

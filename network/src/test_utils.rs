@@ -6,14 +6,14 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use atoll_foundation::EventLoopHandle;
 use atoll_foundation::sync::lock;
 use vm_memory::VolatileSlice;
 
 use crate::header::{FrameHeader, Offloads};
-use crate::port::{MAX_FRAME, Port, PortError, PortEvent, PortListener, Received, Sent, Taken};
+use crate::port::{MAX_FRAME, Port, PortError, PortEvent, PortListener, Received, Sent, Taken, Watcher};
 
 /// One end of [`pair()`].
 pub struct MemoryPort {
@@ -29,7 +29,7 @@ pub struct MemoryPort {
 struct Side {
     inbound: Vec<Mutex<Inbound>>,
     state: Mutex<State>,
-    watcher: OnceLock<(EventLoopHandle, PortListener)>,
+    watcher: Watcher,
 }
 
 struct Inbound {
@@ -60,7 +60,7 @@ pub fn pair(pairs: u16, room: usize) -> (MemoryPort, MemoryPort) {
         };
         let inbound = (0..pairs.max(1)).map(|_| Mutex::new(inbound())).collect();
         let state = Mutex::new(State { link: true, gone: None, offloads: Offloads::NONE });
-        Arc::new(Side { inbound, state, watcher: OnceLock::new() })
+        Arc::new(Side { inbound, state, watcher: Watcher::default() })
     };
     let (a, b) = (side(), side());
     let port = |name, own: &Arc<Side>, other: &Arc<Side>| MemoryPort {
@@ -90,13 +90,13 @@ impl MemoryPort {
     /// Sets the link state that the other port shows, and tells its listener.
     pub fn set_other_link(&self, up: bool) {
         lock(&self.other.state).link = up;
-        self.other.post(PortEvent::Link(up));
+        self.other.watcher.post(PortEvent::Link(up));
     }
 
     /// Makes every further use of the other port fail with [`PortError::Gone`].
     pub fn fail_other(&self, reason: &str) {
         lock(&self.other.state).gone = Some(reason.to_owned());
-        self.other.post(PortEvent::Link(false));
+        self.other.watcher.post(PortEvent::Link(false));
     }
 
     /// What the other port was last given by [`Port::set_receive_offloads`].
@@ -139,15 +139,6 @@ impl MemoryPort {
     }
 }
 
-impl Side {
-    fn post(&self, event: PortEvent) {
-        if let Some((events, listener)) = self.watcher.get() {
-            let listener = listener.clone();
-            events.post(move || listener(event));
-        }
-    }
-}
-
 impl Port for MemoryPort {
     fn name(&self) -> String {
         self.name.to_owned()
@@ -176,12 +167,9 @@ impl Port for MemoryPort {
     }
 
     fn watch(&self, events: &EventLoopHandle, listener: PortListener) -> io::Result<()> {
-        self.own
-            .watcher
-            .set((events.clone(), listener))
-            .map_err(|_| io::Error::new(io::ErrorKind::AlreadyExists, "the port is already watched"))?;
+        self.own.watcher.set(events, listener)?;
         for pair in 0..self.queue_pairs() {
-            self.own.post(PortEvent::Readable(pair));
+            self.own.watcher.post(PortEvent::Readable(pair));
         }
         Ok(())
     }
@@ -209,7 +197,7 @@ impl Port for MemoryPort {
         let Ok(mut inbound) = self.inbound(&self.other, pair) else { return };
         if !inbound.frames.is_empty() && std::mem::take(&mut inbound.reader_waits) {
             drop(inbound);
-            self.other.post(PortEvent::Readable(pair));
+            self.other.watcher.post(PortEvent::Readable(pair));
         }
     }
 
@@ -233,7 +221,7 @@ impl Port for MemoryPort {
         let half_free = inbound.frames.len() <= inbound.room / 2;
         if half_free && std::mem::take(&mut inbound.writer_waits) {
             drop(inbound);
-            self.other.post(PortEvent::Writable(pair));
+            self.other.watcher.post(PortEvent::Writable(pair));
         }
         Ok(Received::Frame)
     }

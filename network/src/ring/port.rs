@@ -13,7 +13,7 @@ use super::layout::{Direction, Layout, MIN_FRAME, header};
 use super::queue::{Broken, Consumer, Producer};
 use super::{Bells, offload_bits};
 use crate::header::{FrameHeader, Offloads};
-use crate::port::{MAX_FRAME, Port, PortError, PortEvent, PortListener, Received, Sent, Taken};
+use crate::port::{MAX_FRAME, Port, PortError, PortEvent, PortListener, Received, Sent, Taken, Watcher};
 
 /// The machine's side of a ring. Dropping it ends the connection.
 pub struct RingPort {
@@ -37,7 +37,7 @@ struct Inner {
     link: AtomicBool,
     /// Why the connection has ended.
     ended: OnceLock<String>,
-    watcher: OnceLock<(EventLoopHandle, PortListener)>,
+    watcher: Watcher,
     registrations: Mutex<Vec<SourceToken>>,
 }
 
@@ -89,7 +89,7 @@ impl RingPort {
             pairs,
             link: AtomicBool::new(true),
             ended: OnceLock::new(),
-            watcher: OnceLock::new(),
+            watcher: Watcher::default(),
             registrations: Mutex::default(),
         };
         Self {
@@ -225,10 +225,7 @@ impl Port for RingPort {
 
     fn watch(&self, events: &EventLoopHandle, listener: PortListener) -> io::Result<()> {
         let inner = &self.inner;
-        inner
-            .watcher
-            .set((events.clone(), listener))
-            .map_err(|_| io::Error::new(io::ErrorKind::AlreadyExists, "the port is already watched"))?;
+        inner.watcher.set(events, listener)?;
         let mut registrations = lock(&inner.registrations);
         for (ear, event) in [
             (&inner.bells.hear_data, Inner::data_event as fn(&Inner)),
@@ -330,10 +327,7 @@ impl Inner {
 
     /// Tells the listener, from the event loop's thread.
     fn post(&self, event: PortEvent) {
-        if let Some((events, listener)) = self.watcher.get() {
-            let listener = listener.clone();
-            events.post(move || listener(event));
-        }
+        self.watcher.post(event);
     }
 
     /// A bell was heard, on the event loop's thread.
