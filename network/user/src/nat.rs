@@ -302,18 +302,7 @@ impl<F: FrameIo, P: Poller, H: Host> Nat<F, P, H> {
             UDP => self.udp_packet(ip, marks, now),
             TCP => self.tcp_packet(ip, now),
             ICMP | ICMPV6 if ip.source.is_ipv4() == (ip.protocol == ICMP) => {
-                let policy = self.policy();
-                self.echo.packet(
-                    ip,
-                    &mut EchoContext {
-                        sender: &mut self.sender,
-                        poller: &mut self.poller,
-                        host: &mut self.host,
-                        policy,
-                        now,
-                        buffer: &mut self.buffer,
-                    },
-                );
+                self.with_echo(now, |echo, cx| echo.packet(ip, cx));
                 Some(())
             }
             _ => None,
@@ -415,35 +404,16 @@ impl<F: FrameIo, P: Poller, H: Host> Nat<F, P, H> {
         let guest = SocketAddr::new(ip.source, udp.source);
         let remote = SocketAddr::new(ip.destination, udp.destination);
         if remote.port() == DNS_PORT && self.sender.addresses.is_dns(ip.destination) {
-            self.dns.query(
-                guest,
-                remote,
-                udp.payload,
-                &mut DnsContext {
-                    sender: &mut self.sender,
-                    poller: &mut self.poller,
-                    host: &mut self.host,
-                    now,
-                    buffer: &mut self.buffer,
-                },
-            );
+            self.with_dns(now, |dns, cx| dns.query(guest, remote, udp.payload, cx));
             return Some(());
         }
         let tuple = Flow4Tuple { guest, remote };
-        let policy = self.policy();
-        let mut cx = UdpContext {
-            sender: &mut self.sender,
-            poller: &mut self.poller,
-            host: &mut self.host,
-            policy,
-            forwards: &self.forwards,
-            now,
-            buffer: &mut self.buffer,
-        };
         // A client of a forward may have that port too.
         let asks = remote.port() == DNS_PORT && !self.udp.has(&tuple);
-        let table = if asks { &mut self.queries } else { &mut self.udp };
-        table.packet(tuple, udp.payload, marks.udp_segment, ip, &mut cx);
+        let owner = if asks { Owner::UdpQueries } else { Owner::Udp };
+        self.with_udp(owner, now, |table, cx| {
+            table.packet(tuple, udp.payload, marks.udp_segment, ip, cx);
+        });
         Some(())
     }
 
@@ -464,6 +434,55 @@ impl<F: FrameIo, P: Poller, H: Host> Nat<F, P, H> {
         Some(())
     }
 
+    /// Calls with the flows to DNS servers if `owner` is [`Owner::UdpQueries`], else with all others.
+    fn with_udp<R>(
+        &mut self,
+        owner: Owner,
+        now: Instant,
+        call: impl FnOnce(&mut UdpTable, &mut UdpContext<'_, F>) -> R,
+    ) -> R {
+        let policy = self.policy();
+        let table = if owner == Owner::UdpQueries { &mut self.queries } else { &mut self.udp };
+        let mut cx = UdpContext {
+            sender: &mut self.sender,
+            poller: &mut self.poller,
+            host: &mut self.host,
+            policy,
+            forwards: &self.forwards,
+            now,
+            buffer: &mut self.buffer,
+        };
+        call(table, &mut cx)
+    }
+
+    fn with_dns<R>(&mut self, now: Instant, call: impl FnOnce(&mut Dns, &mut DnsContext<'_, F>) -> R) -> R {
+        let mut cx = DnsContext {
+            sender: &mut self.sender,
+            poller: &mut self.poller,
+            host: &mut self.host,
+            now,
+            buffer: &mut self.buffer,
+        };
+        call(&mut self.dns, &mut cx)
+    }
+
+    fn with_echo<R>(
+        &mut self,
+        now: Instant,
+        call: impl FnOnce(&mut Echo, &mut EchoContext<'_, F>) -> R,
+    ) -> R {
+        let policy = self.policy();
+        let mut cx = EchoContext {
+            sender: &mut self.sender,
+            poller: &mut self.poller,
+            host: &mut self.host,
+            policy,
+            now,
+            buffer: &mut self.buffer,
+        };
+        call(&mut self.echo, &mut cx)
+    }
+
     fn with_tcp<R>(
         &mut self,
         now: Instant,
@@ -477,66 +496,26 @@ impl<F: FrameIo, P: Poller, H: Host> Nat<F, P, H> {
 
     /// A socket is ready.
     pub fn ready(&mut self, owner: Owner, value: u64, readiness: Readiness, now: Instant) {
-        let policy = self.policy();
         match owner {
             Owner::Engine => {}
             Owner::Tcp => self.with_tcp(now, |tcp, cx| tcp.socket_ready(value, readiness, cx)),
-            Owner::Udp | Owner::UdpQueries => {
-                let table = if owner == Owner::Udp { &mut self.udp } else { &mut self.queries };
-                table.ready(
-                    value,
-                    &mut UdpContext {
-                        sender: &mut self.sender,
-                        poller: &mut self.poller,
-                        host: &mut self.host,
-                        policy,
-                        forwards: &self.forwards,
-                        now,
-                        buffer: &mut self.buffer,
-                    },
-                );
-            }
-            Owner::Dns => self.dns.ready(
-                value,
-                &mut DnsContext {
-                    sender: &mut self.sender,
-                    poller: &mut self.poller,
-                    host: &mut self.host,
-                    now,
-                    buffer: &mut self.buffer,
-                },
-            ),
-            Owner::Echo => self.echo.ready(
-                value,
-                &mut EchoContext {
-                    sender: &mut self.sender,
-                    poller: &mut self.poller,
-                    host: &mut self.host,
-                    policy,
-                    now,
-                    buffer: &mut self.buffer,
-                },
-            ),
+            Owner::Udp | Owner::UdpQueries => self.with_udp(owner, now, |table, cx| table.ready(value, cx)),
+            Owner::Dns => self.with_dns(now, |dns, cx| dns.ready(value, cx)),
+            Owner::Echo => self.with_echo(now, |echo, cx| echo.ready(value, cx)),
             Owner::Forward => self.forward_ready(value, now),
         }
     }
 
     fn forward_ready(&mut self, number: u64, now: Instant) {
-        let policy = self.policy();
         let Some(Bound { forward, socket }) = self.forwards.get(number) else { return };
         let forward = *forward;
         let Some(guest) = self.sender.addresses.guest_of(&forward) else { return };
         if forward.protocol == Protocol::Udp {
-            let mut cx = UdpContext {
-                sender: &mut self.sender,
-                poller: &mut self.poller,
-                host: &mut self.host,
-                policy,
-                forwards: &self.forwards,
-                now,
-                buffer: &mut self.buffer,
-            };
-            return self.udp.forward_ready(number, guest, socket, &mut cx);
+            return self.with_udp(Owner::Udp, now, |table, cx| {
+                if let Some(bound) = cx.forwards.get(number) {
+                    table.forward_ready(number, guest, &bound.socket, cx);
+                }
+            });
         }
         let mut accepted = Vec::new();
         for _ in 0..ACCEPT_BATCH {
@@ -585,13 +564,7 @@ impl<F: FrameIo, P: Poller, H: Host> Nat<F, P, H> {
         let udp = self.udp.expire(now, &mut self.poller);
         let queries = self.queries.expire(now, &mut self.poller);
         let echo = self.echo.expire(now, &mut self.poller);
-        let dns = self.dns.expire(&mut DnsContext {
-            sender: &mut self.sender,
-            poller: &mut self.poller,
-            host: &mut self.host,
-            now,
-            buffer: &mut self.buffer,
-        });
+        let dns = self.with_dns(now, |dns, cx| dns.expire(cx));
         let tcp = self.with_tcp(now, |tcp, cx| tcp.expire(cx));
         [udp, queries, echo, dns, tcp, self.next_advertisement, self.accept_again].into_iter().flatten().min()
     }
