@@ -2,28 +2,23 @@
 //!
 //! The image is on a small file system of its own, in a mount namespace of its own, which needs root.
 
+mod support;
+
 use std::path::Path;
 use std::process::Command;
 use std::sync::{Mutex, mpsc};
 use std::time::{Duration, Instant};
 
-use atoll_api_types::{ByteSize, DiskSpec, VmSpec};
-use atoll_guests::{Cache, GuestKernel, Quiet, initramfs, kernel};
+use atoll_api_types::{Accelerator, DiskSpec, VmSpec};
 use atoll_vmm::{RunEnd, Vm, VmEvent, VmOutputs};
+use support::linux;
 
 const PATIENCE: Duration = Duration::from_secs(300);
 const INSIDE: &str = "ATOLL_TEST_INSIDE_NAMESPACE";
 const NAME: &str = "a_guest_waits_while_its_host_has_no_space_and_goes_on_by_itself";
 
 /// PID 1: writes 12 MiB, flushes, reads them back, and looks for errors.
-const SCRIPT: &str = r#"#!/bin/sh
-export PATH=/bin:/sbin:/usr/bin:/usr/sbin
-mount -t proc proc /proc
-mount -t sysfs sys /sys
-mount -t devtmpfs dev /dev
-while read -r module; do insmod "/lib/modules/$module.ko"; done </etc/modules
-dmesg -n 1
-for try in 1 2 3 4 5 6 7 8 9 10; do [ -b /dev/vda ] && break; sleep 0.2; done
+const SCRIPT: &str = r#"for try in 1 2 3 4 5 6 7 8 9 10; do [ -b /dev/vda ] && break; sleep 0.2; done
 yes "what the host has no room for" | head -c 12582912 >/tmp-data
 echo WRITING
 dd if=/tmp-data of=/dev/vda bs=64k conv=notrunc,fsync 2>/dev/null || echo "FAILED write"
@@ -86,28 +81,15 @@ fn a_guest_waits_while_its_host_has_no_space_and_goes_on_by_itself() {
         assert!(unshare(&program, &["--ignored", "--exact", NAME, "--nocapture"]).unwrap().success());
         return;
     }
-    let cache = Cache::open().unwrap();
-    let files = match kernel::fetch(&cache, GuestKernel::Host, &mut Quiet) {
-        Ok(files) => files,
-        Err(error @ atoll_guests::Error::NoPackageManager { .. }) => return println!("skipped: {error}"),
-        Err(error) => panic!("{error}"),
-    };
-    let busybox = kernel::busybox(&cache, &mut Quiet).unwrap();
     let directory = tempfile::tempdir().unwrap();
-    let initrd = directory.path().join("initrd.cpio");
-    std::fs::write(&initrd, initramfs::scripted(&files, &busybox, SCRIPT).unwrap()).unwrap();
+    let Some(mut spec) = linux(directory.path(), SCRIPT, "") else { return };
     let small = directory.path().join("small");
     std::fs::create_dir(&small).unwrap();
     mount(&["-t", "tmpfs", "-o", "size=6m", "tmpfs"], &small);
     let image = small.join("disk.img");
     std::fs::File::create(&image).unwrap().set_len(16 << 20).unwrap();
 
-    let mut spec = VmSpec::named("scenario");
-    spec.networks = Vec::new();
-    spec.boot.kernel = Some(files.vmlinuz.clone());
-    spec.boot.initrd = Some(initrd);
-    spec.boot.append = "console=ttyS0 quiet".to_owned();
-    spec.memory = ByteSize(256 << 20);
+    spec.accel = Accelerator::Auto;
     spec.disks = vec![DiskSpec { path: image.clone(), ..DiskSpec::default() }];
     let (handle, news) = start(&spec);
     let (mut troubles, mut mended, mut wrote) = (0, 0, false);

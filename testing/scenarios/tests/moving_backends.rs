@@ -11,11 +11,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use atoll_api_types::{Accelerator, ByteSize, VmSpec};
-use atoll_guests::{Cache, GuestKernel, Quiet, initramfs, kernel};
+use atoll_api_types::{Accelerator, VmSpec};
 use atoll_storage::{Disk, OpenOptions, RawDisk};
 use atoll_vmm::{BackendKind, HostFacts, RunEnd};
-use support::{Running, spec};
+use support::{Running, linux};
 
 /// A guest says something at least this often, on a busy host too.
 const PATIENCE: Duration = Duration::from_secs(300);
@@ -25,14 +24,7 @@ const A_WHILE: Duration = Duration::from_secs(20);
 
 /// PID 1. Each round: a checksum of known data, a block through the disk, time that has passed by a plausible amount
 /// on both the monotonic and the real-time clock, a sleep that is neither short nor endless. Every processor works.
-const SCRIPT: &str = r#"#!/bin/sh
-export PATH=/bin:/sbin:/usr/bin:/usr/sbin
-mount -t proc proc /proc
-mount -t sysfs sys /sys
-mount -t devtmpfs dev /dev
-while read -r module; do insmod "/lib/modules/$module.ko"; done </etc/modules
-dmesg -n 1
-for try in 1 2 3 4 5 6 7 8 9 10; do [ -b /dev/vda ] && break; sleep 0.2; done
+const SCRIPT: &str = r#"for try in 1 2 3 4 5 6 7 8 9 10; do [ -b /dev/vda ] && break; sleep 0.2; done
 echo "CPUS $(grep -c ^processor /proc/cpuinfo)"
 echo "CLOCK $(cat /sys/devices/system/clocksource/clocksource0/current_clocksource)"
 up() { read -r up rest </proc/uptime; echo "${up%.*}${up#*.}"; }
@@ -64,25 +56,10 @@ poweroff -f
 /// The kernel, the script as an initial root file system and a disk, or `None` where the distribution's kernels
 /// cannot be had.
 fn guest(directory: &Path, cpus: u32, rounds: u32) -> Option<(VmSpec, Arc<dyn Disk>)> {
-    let cache = Cache::open().unwrap();
-    let files = match kernel::fetch(&cache, GuestKernel::Host, &mut Quiet) {
-        Ok(files) => files,
-        Err(error @ atoll_guests::Error::NoPackageManager { .. }) => {
-            println!("skipped: {error}");
-            return None;
-        }
-        Err(error) => panic!("{error}"),
-    };
-    let busybox = kernel::busybox(&cache, &mut Quiet).unwrap();
-    let initrd = directory.join("initrd.cpio");
-    std::fs::write(&initrd, initramfs::scripted(&files, &busybox, SCRIPT).unwrap()).unwrap();
+    let mut spec = linux(directory, SCRIPT, &format!("rounds={rounds}"))?;
     let image = directory.join("disk.img");
     std::fs::File::create(&image).unwrap().set_len(16 << 20).unwrap();
     let disk: Arc<dyn Disk> = Arc::new(RawDisk::open(&image, OpenOptions { read_only: false }).unwrap());
-    let mut spec = spec(&files.vmlinuz);
-    spec.boot.initrd = Some(initrd);
-    spec.boot.append = format!("console=ttyS0 quiet rounds={rounds}");
-    spec.memory = ByteSize(256 << 20);
     spec.cpus.cores = cpus;
     spec.accel = Accelerator::Kvm;
     Some((spec, disk))

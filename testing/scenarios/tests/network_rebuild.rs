@@ -12,24 +12,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use atoll_api_types::{ByteSize, Limits, NetSpec};
-use atoll_guests::{Cache, GuestKernel, Quiet, initramfs, kernel};
 use atoll_scenarios::servers::{self, Content};
 use atoll_vmm::{Resources, RunEnd};
-use support::{Running, spec};
+use support::{Running, linux};
 
 /// A guest says something at least this often, on a busy host too.
 const PATIENCE: Duration = Duration::from_secs(300);
 const BYTES: usize = 3_000_000;
 
 /// PID 1. `$port` comes from the kernel's command line.
-const SCRIPT: &str = r#"#!/bin/sh
-export PATH=/bin:/sbin:/usr/bin:/usr/sbin
-mount -t proc proc /proc
-mount -t sysfs sys /sys
-mount -t devtmpfs dev /dev
-while read -r module; do insmod "/lib/modules/$module.ko"; done </etc/modules
-dmesg -n 1
-ifconfig eth0 10.0.2.15 netmask 255.255.255.0 up
+const SCRIPT: &str = r#"ifconfig eth0 10.0.2.15 netmask 255.255.255.0 up
 route add default gw 10.0.2.2
 for round in 1 2 3 4 5; do
   echo "GOT $(wget -q -O - http://10.0.2.2:$port/ | md5sum | cut -d' ' -f1)"
@@ -76,19 +68,8 @@ fn a_download_does_not_notice_that_its_machine_is_rebuilt() {
     let sum = String::from_utf8(sum).unwrap().split_whitespace().next().unwrap().to_owned();
     let server = servers::http("127.0.0.1:0", Content::Bytes(content)).unwrap();
 
-    let cache = Cache::open().unwrap();
-    let files = match kernel::fetch(&cache, GuestKernel::Host, &mut Quiet) {
-        Ok(files) => files,
-        Err(error @ atoll_guests::Error::NoPackageManager { .. }) => return println!("skipped: {error}"),
-        Err(error) => panic!("{error}"),
-    };
-    let busybox = kernel::busybox(&cache, &mut Quiet).unwrap();
-    let initrd = directory.path().join("initrd.cpio");
-    std::fs::write(&initrd, initramfs::scripted(&files, &busybox, SCRIPT).unwrap()).unwrap();
-    let mut spec = spec(&files.vmlinuz);
-    spec.boot.initrd = Some(initrd);
-    spec.boot.append = format!("console=ttyS0 quiet port={}", server.port());
-    spec.memory = ByteSize(256 << 20);
+    let parameters = format!("port={}", server.port());
+    let Some(mut spec) = linux(directory.path(), SCRIPT, &parameters) else { return };
     spec.networks = vec!["user,host-loopback".parse::<NetSpec>().unwrap()];
     let resources = Resources { helper: Some("/proc/self/exe".into()), ..Resources::default() };
     let running = Running::start_with(&spec, resources);

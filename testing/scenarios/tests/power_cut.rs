@@ -13,13 +13,11 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
-use atoll_api_types::ByteSize;
-use atoll_guests::{Cache, GuestKernel, Quiet, initramfs, kernel};
 use atoll_storage::faulty::{Random, RecordingFile, WriteLog};
 use atoll_storage::raw::RawGeometry;
 use atoll_storage::{Disk, HostFile, RawDisk};
 use atoll_vmm::RunEnd;
-use support::{Running, spec};
+use support::{Running, linux};
 
 /// A guest says something at least this often, on a busy host too.
 const PATIENCE: Duration = Duration::from_secs(600);
@@ -28,14 +26,7 @@ const DISK_BYTES: u64 = 16 << 20;
 const SLOT: usize = 8192;
 
 /// PID 1. `$records` and `$files` come from the kernel's command line.
-const SCRIPT: &str = r#"#!/bin/sh
-export PATH=/bin:/sbin:/usr/bin:/usr/sbin
-mount -t proc proc /proc
-mount -t sysfs sys /sys
-mount -t devtmpfs dev /dev
-while read -r module; do insmod "/lib/modules/$module.ko"; done </etc/modules
-dmesg -n 1
-for try in 1 2 3 4 5 6 7 8 9 10; do [ -b /dev/vdb ] && break; sleep 0.2; done
+const SCRIPT: &str = r#"for try in 1 2 3 4 5 6 7 8 9 10; do [ -b /dev/vdb ] && break; sleep 0.2; done
 n=0
 while [ $n -lt $records ]; do
   yes "raw record $n" | head -c $(( (n % 7 + 1) * 512 )) | dd of=/dev/vda bs=4096 seek=$(( n * 2 )) conv=notrunc,fsync 2>/dev/null || echo "FAILED $n"
@@ -80,18 +71,7 @@ fn recording_disk(path: &Path) -> (Arc<dyn Disk>, Arc<WriteLog>) {
 
 /// The guest's run: the logs of both disks. `None` where the distribution's kernels cannot be had.
 fn record(directory: &Path, records: u64, files: u64) -> Option<[Arc<WriteLog>; 2]> {
-    let cache = Cache::open().unwrap();
-    let kernel = match kernel::fetch(&cache, GuestKernel::Host, &mut Quiet) {
-        Ok(kernel) => kernel,
-        Err(error @ atoll_guests::Error::NoPackageManager { .. }) => {
-            println!("skipped: {error}");
-            return None;
-        }
-        Err(error) => panic!("{error}"),
-    };
-    let busybox = kernel::busybox(&cache, &mut Quiet).unwrap();
-    let initrd = directory.join("initrd.cpio");
-    std::fs::write(&initrd, initramfs::scripted(&kernel, &busybox, SCRIPT).unwrap()).unwrap();
+    let spec = linux(directory, SCRIPT, &format!("records={records} files={files}"))?;
     let images = [directory.join("raw.img"), directory.join("ext4.img")];
     for image in &images {
         std::fs::File::create(image).unwrap().set_len(DISK_BYTES).unwrap();
@@ -101,10 +81,6 @@ fn record(directory: &Path, records: u64, files: u64) -> Option<[Arc<WriteLog>; 
         assert!(made.unwrap().success(), "mke2fs failed");
     }
     let (disks, logs): (Vec<_>, Vec<_>) = images.iter().map(|i| recording_disk(i)).unzip();
-    let mut spec = spec(&kernel.vmlinuz);
-    spec.boot.initrd = Some(initrd);
-    spec.boot.append = format!("console=ttyS0 quiet records={records} files={files}");
-    spec.memory = ByteSize(256 << 20);
     let running = Running::start(&spec, disks);
     let mut synced = [0, 0];
     loop {

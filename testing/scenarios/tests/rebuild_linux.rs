@@ -7,25 +7,16 @@ mod support;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use atoll_api_types::ByteSize;
-use atoll_guests::{Cache, GuestKernel, Quiet, initramfs, kernel};
 use atoll_storage::{Disk, OpenOptions, RawDisk};
 use atoll_vmm::RunEnd;
-use support::{Running, spec};
+use support::{Running, linux};
 
 /// A guest says something at least this often, on a busy host too.
 const PATIENCE: Duration = Duration::from_secs(300);
 
 /// PID 1: a checksum of what the disk gives back, timers, and work on every processor; then the kernel's warnings,
 /// but for its advice about flaws that the host's processor has.
-const SCRIPT: &str = r#"#!/bin/sh
-export PATH=/bin:/sbin:/usr/bin:/usr/sbin
-mount -t proc proc /proc
-mount -t sysfs sys /sys
-mount -t devtmpfs dev /dev
-while read -r module; do insmod "/lib/modules/$module.ko"; done </etc/modules
-dmesg -n 1
-for try in 1 2 3 4 5 6 7 8 9 10; do [ -b /dev/vda ] && break; sleep 0.2; done
+const SCRIPT: &str = r#"for try in 1 2 3 4 5 6 7 8 9 10; do [ -b /dev/vda ] && break; sleep 0.2; done
 echo "CPUS $(grep -c ^processor /proc/cpuinfo)"
 spin() { i=0; while [ $i -lt 3000 ]; do i=$(( i + 1 )); done; echo "SPUN $1 $i"; }
 spin a & spin b &
@@ -50,26 +41,11 @@ poweroff -f
 #[test]
 #[ignore = "boots a distribution's kernel: minutes on a busy machine; in the long lane"]
 fn linux_does_not_notice_that_its_machine_is_rebuilt_several_times_a_second() {
-    let cache = Cache::open().unwrap();
-    let files = match kernel::fetch(&cache, GuestKernel::Host, &mut Quiet) {
-        Ok(files) => files,
-        Err(error @ atoll_guests::Error::NoPackageManager { .. }) => {
-            println!("skipped: {error}");
-            return;
-        }
-        Err(error) => panic!("{error}"),
-    };
-    let busybox = kernel::busybox(&cache, &mut Quiet).unwrap();
     let directory = tempfile::tempdir().unwrap();
-    let initrd = directory.path().join("initrd.cpio");
-    std::fs::write(&initrd, initramfs::scripted(&files, &busybox, SCRIPT).unwrap()).unwrap();
+    let Some(mut spec) = linux(directory.path(), SCRIPT, "") else { return };
     let image = directory.path().join("disk.img");
     std::fs::File::create(&image).unwrap().set_len(16 << 20).unwrap();
     let disk: Arc<dyn Disk> = Arc::new(RawDisk::open(&image, OpenOptions { read_only: false }).unwrap());
-    let mut spec = spec(&files.vmlinuz);
-    spec.boot.initrd = Some(initrd);
-    spec.boot.append = "console=ttyS0 quiet".to_owned();
-    spec.memory = ByteSize(256 << 20);
     spec.cpus.cores = 2;
     let running = Running::start(&spec, vec![disk]);
 

@@ -1,11 +1,14 @@
-//! A machine in the test's own process.
+//! A machine in the test's own process, and a Linux for it.
+
+#![allow(dead_code)] // Not every test program uses everything.
 
 use std::path::Path;
 use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use atoll_api_types::{Accelerator, VmSpec};
+use atoll_api_types::{Accelerator, ByteSize, VmSpec};
+use atoll_guests::{Cache, GuestKernel, Quiet, initramfs, kernel};
 use atoll_storage::Disk;
 use atoll_vmm::{Resources, RunEnd, Vm, VmHandle, VmOutputs};
 
@@ -29,7 +32,6 @@ impl Lines {
     }
 
     /// Takes the next whole line; `None` if none came within `patience`.
-    #[allow(dead_code)] // Not every test program reads lines.
     pub(crate) fn next(&self, patience: Duration) -> Option<String> {
         let deadline = Instant::now() + patience;
         let mut text = self.text.lock().unwrap_or_else(PoisonError::into_inner);
@@ -50,13 +52,11 @@ impl Lines {
 /// A machine that runs. Dropping it ends it.
 pub(crate) struct Running {
     pub(crate) handle: VmHandle,
-    #[allow(dead_code)] // Not every test program reads lines.
     pub(crate) lines: Arc<Lines>,
     ended: Receiver<RunEnd>,
 }
 
 impl Running {
-    #[allow(dead_code)] // Not every test program has disks of its own.
     pub(crate) fn start(spec: &VmSpec, disks: Vec<Arc<dyn Disk>>) -> Self {
         Self::start_with(spec, Resources { disks, ..Resources::default() })
     }
@@ -99,4 +99,40 @@ pub(crate) fn spec(kernel: &Path) -> VmSpec {
         _ => Accelerator::Software,
     };
     spec
+}
+
+/// How PID 1 of every Linux here begins: file systems, drivers, and no messages of the kernel among its own lines.
+const PRELUDE: &str = r#"#!/bin/sh
+export PATH=/bin:/sbin:/usr/bin:/usr/sbin
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t devtmpfs dev /dev
+while read -r module; do insmod "/lib/modules/$module.ko"; done </etc/modules
+dmesg -n 1
+"#;
+
+/// A machine with 256 MiB that boots the distribution's kernel, without a word, and runs `script` in busybox's shell
+/// as PID 1 behind [`PRELUDE`]. `parameters` are added to the kernel's command line: the script finds them as
+/// variables. The initial root file system is written to `directory`.
+///
+/// Says why and returns `None` where the distribution's kernels cannot be had.
+pub(crate) fn linux(directory: &Path, script: &str, parameters: &str) -> Option<VmSpec> {
+    let cache = Cache::open().unwrap();
+    let files = match kernel::fetch(&cache, GuestKernel::Host, &mut Quiet) {
+        Ok(files) => files,
+        Err(error @ atoll_guests::Error::NoPackageManager { .. }) => {
+            println!("skipped: {error}");
+            return None;
+        }
+        Err(error) => panic!("{error}"),
+    };
+    let busybox = kernel::busybox(&cache, &mut Quiet).unwrap();
+    let initrd = directory.join("initrd.cpio");
+    let script = format!("{PRELUDE}{script}");
+    std::fs::write(&initrd, initramfs::scripted(&files, &busybox, &script).unwrap()).unwrap();
+    let mut spec = spec(&files.vmlinuz);
+    spec.boot.initrd = Some(initrd);
+    spec.boot.append = format!("console=ttyS0 quiet {parameters}").trim_end().to_owned();
+    spec.memory = ByteSize(256 << 20);
+    Some(spec)
 }
