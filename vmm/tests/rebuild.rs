@@ -177,7 +177,10 @@ fn run(accelerator: Accelerator, rebuild: impl Fn(&VmHandle, u32) -> Result<u64,
     println!("{rebuilds} rebuilds");
     // A machine has a few tens; other tests of this file have theirs at the same time.
     let descriptors = std::fs::read_dir("/proc/self/fd").unwrap().count();
-    assert!(descriptors < 200, "{descriptors} open descriptors after {rebuilds} rebuilds: old machines keep some");
+    assert!(
+        descriptors < 200,
+        "{descriptors} open descriptors after {rebuilds} rebuilds: old machines keep some"
+    );
 }
 
 /// Whether this host has a `/dev/kvm` that this user may open.

@@ -93,7 +93,10 @@ fn an_instruction_that_cannot_be_emulated_ends_the_run_with_its_bytes() {
         Ok(vec![at])
     });
     let error = guest.vcpu.run(&StopFlag::new(), &Nothing::default()).unwrap_err();
-    assert!(matches!(error, RunError::BeyondEngine { vcpu: 0, .. }), "the guest's doing, not the host's: {error}");
+    assert!(
+        matches!(error, RunError::BeyondEngine { vcpu: 0, .. }),
+        "the guest's doing, not the host's: {error}"
+    );
     let error = error.to_string();
     let rip = format!("rip {:#x}", guest.labels[0]);
     assert!(error.contains("could not emulate an instruction") && error.contains(&rip), "{error}");

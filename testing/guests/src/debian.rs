@@ -20,8 +20,7 @@ const IMAGE_SIZE: &str = "2G";
 const REVISION: u32 = 3;
 
 /// Packages beyond the essential ones.
-const PACKAGES: &str =
-    "systemd-sysv,udev,dbus,kmod,procps,util-linux,login,passwd,iproute2,openssh-server";
+const PACKAGES: &str = "systemd-sysv,udev,dbus,kmod,procps,util-linux,login,passwd,iproute2,openssh-server";
 
 /// Finishing touches, run in the new root: an empty root password, a name, the file-system table, addresses for every
 /// network interface by DHCP and router advertisement, the DNS server of user-mode NAT, an SSH server. The login
