@@ -27,7 +27,7 @@ const fn wish(program: &'static str, package: &'static str) -> Need {
     Need { program, package, optional: true }
 }
 
-const NEEDS: [Need; 24] = [
+const NEEDS: [Need; 26] = [
     need("gcc", "gcc"),
     need("g++", "g++"),
     need("iasl", "acpica-tools"),
@@ -35,6 +35,9 @@ const NEEDS: [Need; 24] = [
     need("modinfo", "kmod"),
     need("mke2fs", "e2fsprogs"),
     need("xz", "xz-utils"),
+    // Tests of networks make namespaces and devices in them.
+    need("ip", "iproute2"),
+    need("ping", "iputils-ping"),
     // The lab: a processor that virtualizes, emulated.
     need("busybox", "busybox-static"),
     need("qemu-system-x86_64", "qemu-system-x86"),
